@@ -1,0 +1,59 @@
+"""What every mixer is: a module `(x, state) -> (y, state)`."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from longscan.state import State
+
+
+class Mixer(nn.Module):
+    """Base of all sequence mixers.
+
+    A mixer is built from `d_model` alone (everything else has a default) and called as
+    `y, state = mixer(x, state, cu_seqlens=...)`:
+      x [B, T, d_model]; state None (start of a sequence) or what an earlier call returned;
+      cu_seqlens [n + 1] marks n packed sequences on one row (B = 1), states then have n rows.
+    Decoding is the same call with T = 1. forward(whole) equals forward(part 1), forward(part 2,
+    state 1), ... for any cut.
+
+    keep_float32: parameters that stay float32 after `.to(bfloat16)` or `.half()`.
+    no_weight_decay: parameters that must not be decayed, beyond those with fewer than two axes.
+    """
+
+    keep_float32: ClassVar[tuple[str, ...]] = ()
+    no_weight_decay: ClassVar[tuple[str, ...]] = ()
+
+    d_model: int
+
+    def init_state(self, batch: int) -> State:
+        """The state before the first token, explicitly. Passing None to forward is the same."""
+        raise NotImplementedError  # abstract
+
+    def reset_parameters(self) -> None:
+        """Initialise all parameters as the paper's code does."""
+        raise NotImplementedError  # abstract
+
+    def forward(
+        self, x: Tensor, state: State | None = None, *, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        raise NotImplementedError  # abstract
+
+    def _check_input(self, x: Tensor) -> None:
+        if x.ndim != 3 or x.shape[-1] != self.d_model or x.shape[1] == 0:
+            raise ValueError(
+                f"{type(self).__name__} expects x of shape [batch, time >= 1, {self.d_model}], "
+                f"got {tuple(x.shape)}"
+            )
+
+    def _apply(self, fn, recurse: bool = True):
+        parameters = [self._parameters.get(name) for name in self.keep_float32]
+        kept = [(p, p.data) for p in parameters if p is not None]
+        super()._apply(fn, recurse)
+        for p, data in kept:
+            if p.dtype in (torch.float16, torch.bfloat16):
+                p.data = data.to(p.device, torch.float32)
+        return self

@@ -1,0 +1,104 @@
+"""Retention."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from longscan.mixers._heads import HeadMixer
+from longscan.ops._check import compute_dtype, widen
+from longscan.ops.decay import decay
+from longscan.ops.rotary import rotary, rotary_factors
+from longscan.state import State
+
+
+class Retention(HeadMixer):
+    """Linear attention with a fixed decay per head and rotary positions.
+
+    S_t = gamma_h S_{t-1} + k_t v_t^T,   o_t = K^-0.5 S_t^T q_t,   gamma_h = 1 - 2^(-5 - h)
+    with q and k turned by their positions.
+
+    Shapes: x, y [B, T, d_model]; q, k heads of d_key = d_model / n_heads, v heads of
+    d_value = 2 d_model / n_heads; state: s [B, n_heads, d_key, d_value], length [B] tokens seen.
+    Precision: angles, decays and state float32.
+    Source: arXiv 2307.08621, eqs. 5-8.
+    Differs: pairs of channels are halves of a head, not neighbours (a fixed permutation of q's
+    and k's rows), with RoPE's frequencies; the norm per head has a weight, as in the
+    flash-linear-attention layer.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        n_heads: int = 4,
+        d_key: int | None = None,
+        d_value: int | None = None,
+        d_conv: int = 0,
+        rope_theta: float = 10000.0,
+        output_gate: bool = True,
+        norm_eps: float = 1e-5,
+    ) -> None:
+        d_key = d_key or max(2, d_model // n_heads)
+        if d_key % 2:
+            raise ValueError(f"d_key must be even for rotary positions, not {d_key}")
+        super().__init__(
+            d_model,
+            n_heads=n_heads,
+            n_value_heads=n_heads,
+            d_key=d_key,
+            d_value=d_value or 2 * d_key,
+            extras=[],
+            d_conv=d_conv,
+            gate="silu" if output_gate else None,
+            norm_eps=norm_eps,
+        )
+        self.rope_theta = rope_theta
+        self.reset_parameters()
+
+    @property
+    def log_decay(self) -> Tensor:
+        """log gamma of each head [n_heads], constant."""
+        h = torch.arange(self.n_heads, dtype=torch.float64)
+        return torch.log1p(-torch.exp2(-5 - h))
+
+    def reset_parameters(self) -> None:
+        """Xavier uniform with gain 2^-2.5 (out_proj 1/2), norms 1."""
+        super().reset_parameters()
+        nn.init.xavier_uniform_(self.in_proj.weight, gain=2**-2.5)
+        nn.init.xavier_uniform_(self.out_proj.weight, gain=0.5)
+
+    def init_state(self, batch: int) -> State:
+        length = torch.zeros(batch, dtype=torch.long, device=next(self.parameters()).device)
+        return State(super().init_state(batch), length=length)
+
+    def recur(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        extras: list[Tensor],
+        state: State | None,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        length = v.shape[1]
+        cos, sin = rotary_factors(
+            length,
+            self.d_key,
+            self.rope_theta,
+            start=None if state is None else state.tensor("length").tolist(),
+            cu_seqlens=cu_seqlens,
+            dtype=compute_dtype(v),
+            device=v.device,
+        )
+        q = rotary(widen(q), cos, sin) * self.d_key**-0.5
+        k = rotary(widen(k), cos, sin)
+        log_a = self.log_decay.to(q).expand(*v.shape[:2], -1)
+        s = None if state is None else state.tensor("s")
+        o, s = decay(q, k, v, log_a, state=s, cu_seqlens=cu_seqlens)
+        seen = (
+            torch.full((v.shape[0],), length, device=v.device)
+            if cu_seqlens is None
+            else cu_seqlens.diff().long()
+        )
+        return o, {"s": s, "length": seen if state is None else seen + state.tensor("length")}

@@ -1,0 +1,73 @@
+"""Checks shared by the ops: say what was wrong and what to do, before any work is done."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """float64 if any input is, else float32: the precision of states, gates and accumulation."""
+    wide = any(t is not None and t.dtype in (torch.float64, torch.complex128) for t in tensors)
+    return torch.float64 if wide else torch.float32
+
+
+def widen(x: Tensor) -> Tensor:
+    """x in the precision that gates and norms are computed in."""
+    return x.to(compute_dtype(x))
+
+
+def check_shape(name: str, x: Tensor, expected: tuple[int | None, ...], axes: str) -> None:
+    """Raise ValueError unless x has the expected sizes (None: any). `axes` names them."""
+    if x.ndim != len(expected) or any(
+        e is not None and s != e for s, e in zip(x.shape, expected, strict=False)
+    ):
+        want = ", ".join("*" if e is None else str(e) for e in expected)
+        raise ValueError(f"{name} must have shape {axes} = [{want}], got {list(x.shape)}")
+
+
+def check_floating(**tensors: Tensor | None) -> None:
+    """Raise TypeError unless every given tensor is floating point."""
+    for name, x in tensors.items():
+        if x is not None and not (x.is_floating_point() or x.is_complex()):
+            raise TypeError(f"{name} must be floating point, got {x.dtype}")
+
+
+def check_log_decay(log_a: Tensor) -> None:
+    """Raise ValueError if a log decay is positive or NaN (checked on a CPU, where it is free)."""
+    if log_a.device.type == "cpu" and not torch.compiler.is_compiling():
+        largest = log_a.detach().amax().item()
+        if not largest <= 0:
+            raise ValueError(
+                f"log_a must be log decays <= 0 (natural logarithm of a gate in [0, 1]); "
+                f"found {largest:.3g}. Pass logsigmoid(x) or -softplus(x), not the gate itself"
+            )
+
+
+def check_state(name: str, state: Tensor | None, expected: tuple[int, ...], axes: str) -> None:
+    """Raise ValueError unless a given state has the expected shape."""
+    if state is not None and tuple(state.shape) != expected:
+        raise ValueError(
+            f"{name} must have shape {axes} = {list(expected)}, got {list(state.shape)}. "
+            "A state belongs to one configuration and one batch (use State.select or State.cat)"
+        )
+
+
+def check_values(v: Tensor) -> tuple[int, int, int, int]:
+    """The sizes B, T, H, V of the values; raises ValueError unless v is [B, T >= 1, H, V]."""
+    if v.ndim != 4 or v.shape[1] == 0:
+        raise ValueError(f"v must have shape [B, T >= 1, H, V], got {list(v.shape)}")
+    batch, length, heads, d_value = v.shape
+    return batch, length, heads, d_value
+
+
+def check_keys(q: Tensor, k: Tensor, v: Tensor) -> int:
+    """The key size K; raises ValueError unless q and k are [B, T, Hk, K] with Hk dividing H."""
+    check_shape("q", q, (v.shape[0], v.shape[1], None, None), "[B, T, Hk, K]")
+    check_shape("k", k, (v.shape[0], v.shape[1], *q.shape[2:]), "[B, T, Hk, K], as q")
+    if v.shape[2] % k.shape[2]:
+        raise ValueError(
+            f"{k.shape[2]} query/key heads cannot serve {v.shape[2]} value heads: "
+            "the second number must be a multiple of the first"
+        )
+    return k.shape[3]

@@ -1,0 +1,52 @@
+"""Decayed scores inside a chunk, exact for any gate: exponentials only of non-positive numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def decay_factors(b: Tensor) -> Tensor:
+    """exp(b_i - b_j) for j <= i, zero above the diagonal.
+
+    Shapes: b [..., C], cumulative log decays; result [..., C, C].
+    """
+    c = b.shape[-1]
+    later = torch.ones(c, c, dtype=torch.bool, device=b.device).triu(1)
+    return (b.unsqueeze(-1) - b.unsqueeze(-2)).masked_fill(later, float("-inf")).exp()
+
+
+def vector_scores(rows: Sequence[Tensor], k: Tensor, b: Tensor) -> list[Tensor]:
+    """For each x of `rows`: sum_d x_id k_jd exp(b_id - b_jd), causal, with a gate per channel d.
+
+    exp(b_i - b_j) does not factor into exp(b_i) exp(-b_j) without overflow. Between two
+    neighbouring halves it does factor through their border z: exp(b_i - z) exp(z - b_j), both
+    <= 1. So the scores are built from pairs of halves of 1, 2, 4, ... tokens.
+
+    Shapes: x [..., C, R, D], R row vectors per token; k [..., C, N, D], N keys per token;
+    b [..., C, D] cumulative log decays; C a power of two; result [..., C * R, C * N], zero where
+    the key's token is later. Within one token nothing decays and all R x N scores are given.
+    """
+    c = b.shape[-2]
+    if c & (c - 1):
+        raise ValueError(f"the chunk must hold a power of two of tokens, not {c}")
+    out = [x @ k.mT for x in rows]
+    m = 1
+    while m < c:
+        ends = b.unflatten(-2, (c // (2 * m), 2 * m))
+        border = ends[..., m - 1 : m, :]
+        late = (ends[..., m:, :] - border).exp().unsqueeze(-2)
+        early = (border - ends[..., :m, :]).exp().unsqueeze(-2)
+        kk = k.unflatten(-3, (c // (2 * m), 2 * m))[..., :m, :, :] * early
+        kk = kk.flatten(-3, -2).mT
+        for i, x in enumerate(rows):
+            xx = x.unflatten(-3, (c // (2 * m), 2 * m))[..., m:, :, :] * late
+            cross = xx.flatten(-3, -2) @ kk
+            pair = out[i].unflatten(-3, (-1, 2))
+            top = F.pad(pair[..., 0, :, :], (0, cross.shape[-1]))
+            out[i] = torch.cat([top, torch.cat([cross, pair[..., 1, :, :]], -1)], -2)
+        m *= 2
+    return [x.squeeze(-3) for x in out]

@@ -1,0 +1,215 @@
+"""Linear attention with decay: linear attention, RetNet, Mamba-2 (SSD), GLA."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from longscan import algebra
+from longscan.algebra import SegmentMap
+from longscan.ops._check import (
+    check_floating,
+    check_keys,
+    check_log_decay,
+    check_shape,
+    check_state,
+    check_values,
+    compute_dtype,
+)
+from longscan.ops._layout import layout
+from longscan.ops._scores import decay_factors, vector_scores
+from longscan.ops.dispatch import by_sequence, choose
+
+
+def decay_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_a: Tensor | None = None,
+    *,
+    state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The definition of `decay`: a loop over time in the input dtype."""
+    if cu_seqlens is not None:
+        return by_sequence(decay_reference, [q, k, v, log_a], state, cu_seqlens)
+    heads = v.shape[2]
+    q, k = (x.repeat_interleave(heads // x.shape[2], 2) for x in (q, k))
+    s = state
+    if s is None:
+        s = v.new_zeros(v.shape[0], heads, k.shape[-1], v.shape[-1])
+    out = []
+    for t in range(v.shape[1]):
+        if log_a is not None:
+            s = s * log_a[:, t].exp().view(*s.shape[:2], -1, 1)
+        s = s + k[:, t].unsqueeze(-1) * v[:, t].unsqueeze(-2)
+        out.append((q[:, t].unsqueeze(-2) @ s).squeeze(-2))
+    return torch.stack(out, 1), s
+
+
+def decay_step(
+    q: Tensor, k: Tensor, v: Tensor, log_a: Tensor | None, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One token of `decay`. Shapes: q, k [B, Hk, K]; v [B, H, V]; log_a [B, H] or [B, H, K]."""
+    batch, heads, d_key, d_value = state.shape
+    s = state
+    if log_a is not None:
+        s = s * log_a.exp().view(batch, heads, -1, 1)
+    if k.shape[1] != heads:
+        q, k = (x.repeat_interleave(heads // x.shape[1], 1) for x in (q, k))
+    s = torch.addcmul(s, k.unsqueeze(-1), v.unsqueeze(-2))
+    o = torch.bmm(q.reshape(-1, 1, d_key), s.view(-1, d_key, d_value))
+    return o.view(batch, heads, d_value), s
+
+
+def decay_chunked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_a: Tensor | None = None,
+    *,
+    state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    chunk: int = 64,
+) -> tuple[Tensor, Tensor]:
+    """The fast torch form of `decay`: matrix products inside chunks, a scan of states across."""
+    plan = layout(v.shape[0], v.shape[1], chunk, cu_seqlens)
+    if state is None:
+        state = v.new_zeros(plan.rows, v.shape[2], k.shape[3], v.shape[3])
+    q, k, v = (plan.split(x).transpose(1, 2).contiguous() for x in (q, k, v))
+    if log_a is not None:
+        log_a = plan.split(log_a).transpose(1, 2)
+    if log_a is not None and log_a.ndim == 4:
+        maps, read = _vector(q, k, v, log_a)
+    else:
+        maps, read = _scalar(q, k, v, log_a)
+    entering, final = algebra.scan(maps, plan.rows_in(state), plan.counts)
+    return plan.join(read(entering)), plan.rows_out(final)
+
+
+Read = Callable[[Tensor], Tensor]
+"""The outputs of all chunks [G, C, H, V], given the states that enter them [G, H, K, V]."""
+
+
+def _scalar(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor | None) -> tuple[SegmentMap, Read]:
+    """Maps and reads of chunks without a gate or with one number per head.
+
+    Keys stay shared by the R value heads of a group: the heads' values lie side by side, so that
+    one product serves the group. Shapes: q, k [G, Hk, C, K]; v [G, H, C, V]; log_a [G, H, C].
+    """
+    n, groups, c, _ = k.shape
+    heads, d_value = v.shape[1], v.shape[3]
+    r = heads // groups
+    scores = q @ k.mT
+    if log_a is None:
+        scores, carry, b = scores.tril(), v, None
+        a = None
+    else:
+        b = log_a.cumsum(-1)
+        scores = scores.unsqueeze(2) * decay_factors(b).unflatten(1, (groups, r))
+        carry = v * (b[..., -1:] - b).exp().unsqueeze(-1)
+        a = b[..., -1:]
+    if b is None and r > 1:
+        scores = scores.unsqueeze(2).expand(-1, -1, r, -1, -1)
+    inside = (scores.reshape(n, heads, c, c) if r > 1 else scores.view(n, heads, c, c)) @ v
+    u = k.mT @ _beside(carry, groups)
+    u = u.unflatten(-1, (r, d_value)).transpose(2, 3).flatten(1, 2)
+    maps = SegmentMap("identity", None, u) if a is None else SegmentMap("diagonal", a, u)
+
+    def read(state: Tensor) -> Tensor:
+        o = q @ _beside(state, groups)
+        o = o.unflatten(-1, (r, d_value)).transpose(2, 3).flatten(1, 2)
+        o = inside + o if b is None else torch.addcmul(inside, o, b.exp().unsqueeze(-1))
+        return o.transpose(1, 2)
+
+    return maps, read
+
+
+def _beside(x: Tensor, groups: int) -> Tensor:
+    """[G, H, N, V] -> [G, Hk, N, R * V]: the heads of a group side by side."""
+    if x.shape[1] == groups:
+        return x
+    return x.unflatten(1, (groups, -1)).transpose(2, 3).flatten(3)
+
+
+def _vector(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor) -> tuple[SegmentMap, Read]:
+    """Maps and reads of chunks with a gate per key channel. Shapes as `_scalar`, log_a [.., K]."""
+    r = v.shape[1] // k.shape[1]
+    if r > 1:
+        q, k = q.repeat_interleave(r, 1), k.repeat_interleave(r, 1)
+    b = log_a.cumsum(-2)
+    (scores,) = vector_scores([q.unsqueeze(-2)], k.unsqueeze(-2), b)
+    inside = scores @ v
+    last = b[..., -1:, :]
+    maps = SegmentMap("diagonal", last.squeeze(-2), (k * (last - b).exp()).mT @ v)
+    reader = q * b.exp()
+    return maps, lambda state: (inside + reader @ state).transpose(1, 2)
+
+
+def decay_segment(k: Tensor, v: Tensor, log_a: Tensor | None = None) -> SegmentMap:
+    """The map of a whole stretch on the state: S_out = exp(sum log_a) S_in + U.
+
+    Shapes: as `decay`; map axes [B, H, K, V].
+    """
+    q = torch.zeros_like(k)
+    _, u = decay_chunked(q, k, v, log_a)
+    if log_a is None:
+        return SegmentMap("identity", None, u)
+    total = log_a.sum(1)
+    return SegmentMap("diagonal", total if log_a.ndim == 4 else total.unsqueeze(-1), u)
+
+
+def decay(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_a: Tensor | None = None,
+    *,
+    state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    chunk: int = 64,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Linear attention whose state decays by a gate: none, one per head, or one per key channel.
+
+    S_t = diag(exp(log_a_t)) S_{t-1} + k_t v_t^T,   o_t = S_t^T q_t
+
+    Shapes: q, k [B, T, Hk, K]; v, o [B, T, H, V], each q/k head serving H / Hk consecutive value
+    heads; log_a None, [B, T, H] or [B, T, H, K], natural-log decays <= 0; state [B, H, K, V].
+    cu_seqlens [n + 1] packs n sequences on one row (B = 1), the state then has n rows.
+    chunk: tokens handled by one set of matrix products; changes speed, not the result.
+    Precision: states, gates and products in float32 (float64 for float64 inputs), o in v's dtype.
+    Nothing is scaled: multiply q by K^-0.5 where the architecture asks for it.
+    Raises: ValueError, TypeError for shapes, dtypes, gates above 0 or cu_seqlens that do not fit.
+    Source: GLA (arXiv 2312.06635, eq. 3); Mamba-2 (arXiv 2405.21060) with C, B, dt x as q, k, v.
+    Differs: scores with a gate per key are built by halves, each with exponents <= 0, so that
+    any gate is exact; the authors' code goes elementwise inside 16-token blocks.
+    """
+    check_floating(q=q, k=k, v=v, log_a=log_a, state=state)
+    batch, length, heads, d_value = check_values(v)
+    d_key = check_keys(q, k, v)
+    if log_a is not None:
+        shape = (batch, length, heads, d_key)[: 4 if log_a.ndim == 4 else 3]
+        check_shape("log_a", log_a, shape, "[B, T, H] or [B, T, H, K]")
+        check_log_decay(log_a)
+    rows = batch if cu_seqlens is None else cu_seqlens.numel() - 1
+    check_state("state", state, (rows, heads, d_key, d_value), "[rows, H, K, V]")
+    dtype, out = compute_dtype(q, k, v, log_a, state), v.dtype
+    with torch.autocast(v.device.type, enabled=False):
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+        log_a = None if log_a is None else log_a.to(dtype)
+        state = None if state is None else state.to(dtype)
+        run = choose("decay", v, backend, {"reference": decay_reference, "torch": decay_chunked})
+        if run is decay_reference:
+            o, s = run(q, k, v, log_a, state=state, cu_seqlens=cu_seqlens)
+        elif length == 1 and cu_seqlens is None:
+            if state is None:
+                state = v.new_zeros(batch, heads, d_key, d_value)
+            gate = None if log_a is None else log_a[:, 0]
+            o, s = decay_step(q[:, 0], k[:, 0], v[:, 0], gate, state)
+            o = o.unsqueeze(1)
+        else:
+            o, s = run(q, k, v, log_a, state=state, cu_seqlens=cu_seqlens, chunk=chunk)
+    return o.to(out), s

@@ -1,0 +1,69 @@
+"""Which implementation of an op runs, and why."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longscan.ops._layout import check_cu_seqlens
+
+OPS = ("decay", "delta", "selective", "attention", "conv")
+BACKENDS = ("reference", "torch")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """The implementation that runs (`name`) and the reason it was chosen."""
+
+    name: str
+    reason: str
+
+
+def backend_of(op: str, x: Tensor, backend: str | None = None) -> Backend:
+    """The implementation of `op` that runs on inputs like `x`.
+
+    An explicit `backend` wins over the environment variable LONGSCAN_BACKEND, which wins over the
+    default. All implementations compute the same function; they differ in speed only.
+
+    Raises: ValueError for an unknown op or backend.
+    """
+    if op not in OPS:
+        raise ValueError(f"unknown op {op!r}; known: {', '.join(OPS)}")
+    asked, where = backend, "asked for by the call"
+    if asked is None:
+        asked, where = os.environ.get("LONGSCAN_BACKEND"), "set by LONGSCAN_BACKEND"
+    if asked:
+        if asked not in BACKENDS:
+            raise ValueError(f"unknown backend {asked!r}; choose from {', '.join(BACKENDS)}")
+        return Backend(asked, where)
+    return Backend("torch", f"the chunked PyTorch form, the only fast one for {x.device.type} yet")
+
+
+def choose(op: str, x: Tensor, backend: str | None, forms: dict[str, Callable]) -> Callable:
+    """The function among `forms` that `backend_of` names."""
+    return forms[backend_of(op, x, backend).name]
+
+
+def by_sequence(
+    fn: Callable[..., tuple[Tensor, Tensor]],
+    tokens: Sequence[Tensor | None],
+    state: Tensor | None,
+    cu_seqlens: Tensor,
+    **more: Any,
+) -> tuple[Tensor, Tensor]:
+    """Run `fn(*tokens, state=...)` on each packed sequence by itself, as a definition would."""
+    first = next(t for t in tokens if t is not None)
+    bounds = check_cu_seqlens(cu_seqlens, first.shape[0], first.shape[1])
+    outs, states = [], []
+    for i, (a, b) in enumerate(pairwise(bounds)):
+        part = [None if t is None else t[:, a:b] for t in tokens]
+        o, s = fn(*part, state=None if state is None else state[i : i + 1], **more)
+        outs.append(o)
+        states.append(s)
+    return torch.cat(outs, 1), torch.cat(states)

@@ -1,0 +1,131 @@
+"""Every mixer by name: the one table a new mixer adds a line to."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from dataclasses import dataclass
+from importlib import metadata
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from longscan.mixers.base import Mixer
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is known of a mixer.
+
+    target: the class, or "module:Class", imported on first use.
+    taxonomy: its place among the families (Mamba-360, arXiv 2404.16112, extended).
+    affine: whether a stretch of tokens is an affine map on its state (see `longscan.algebra`).
+    train, decode: cost of a whole sequence of length T, and of one token at position T.
+    mlp: True if the paper's block adds an MLP after the mixer, False if the mixer is the block.
+    """
+
+    name: str
+    target: type[Mixer] | str
+    title: str
+    arxiv: str
+    year: int
+    taxonomy: str
+    affine: bool = True
+    train: str = "O(T)"
+    decode: str = "O(1)"
+    mlp: bool = True
+
+
+_entries: dict[str, Entry] = {}
+_plugins_loaded = False
+
+
+def register(entry: Entry) -> None:
+    """Add a mixer. Packages may also announce entries under the group "longscan.mixers".
+
+    Raises: ValueError if the name is taken by another mixer.
+    """
+    known = _entries.get(entry.name)
+    if known is not None and known.target != entry.target:
+        raise ValueError(f"the mixer name {entry.name!r} is taken by {known.target}")
+    _entries[entry.name] = entry
+
+
+def _load_plugins() -> None:
+    global _plugins_loaded
+    if not _plugins_loaded:
+        _plugins_loaded = True
+        for point in metadata.entry_points(group="longscan.mixers"):
+            register(point.load())
+
+
+def names() -> list[str]:
+    """All mixer names, in the order they were registered."""
+    _load_plugins()
+    return list(_entries)
+
+
+def entry(name: str) -> Entry:
+    """The entry called `name`.
+
+    Raises: ValueError naming the nearest known mixers.
+    """
+    _load_plugins()
+    if name not in _entries:
+        near = difflib.get_close_matches(name, _entries, n=3, cutoff=0.4)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(_entries)}"
+        raise ValueError(f"unknown mixer {name!r}; {hint}")
+    return _entries[name]
+
+
+def mixer_class(name: str) -> type[Mixer]:
+    """The class of the mixer called `name`."""
+    target = entry(name).target
+    if isinstance(target, str):
+        module, _, attribute = target.partition(":")
+        target = getattr(importlib.import_module(module), attribute)
+    return target
+
+
+for _entry in (
+    Entry("linear_attention", "longscan.mixers.linear_attention:LinearAttention",
+          "Transformers are RNNs: Fast Autoregressive Transformers with Linear Attention",
+          "2006.16236", 2020, "linear attention, no gate"),
+    Entry("retention", "longscan.mixers.retention:Retention",
+          "Retentive Network: A Successor to Transformer for Large Language Models",
+          "2307.08621", 2023, "linear attention, fixed scalar decay"),
+    Entry("gla", "longscan.mixers.gla:GatedLinearAttention",
+          "Gated Linear Attention Transformers with Hardware-Efficient Training",
+          "2312.06635", 2023, "linear attention, gate per key channel"),
+    Entry("mamba", "longscan.mixers.mamba:Mamba",
+          "Mamba: Linear-Time Sequence Modeling with Selective State Spaces",
+          "2312.00752", 2023, "selective state space, diagonal", mlp=False),
+    Entry("mamba2", "longscan.mixers.mamba2:Mamba2",
+          "Transformers are SSMs: Generalized Models and Efficient Algorithms Through "
+          "Structured State Space Duality",
+          "2405.21060", 2024, "selective state space, scalar per head", mlp=False),
+    Entry("deltanet", "longscan.mixers.deltanet:DeltaNet",
+          "Parallelizing Linear Transformers with the Delta Rule over Sequence Length",
+          "2406.06484", 2024, "delta rule, no gate"),
+    Entry("gated_deltanet", "longscan.mixers.gated_deltanet:GatedDeltaNet",
+          "Gated Delta Networks: Improving Mamba2 with Delta Rule",
+          "2412.06464", 2024, "delta rule, scalar gate"),
+    Entry("kda", "longscan.mixers.kda:KimiDeltaAttention",
+          "Kimi Linear: An Expressive, Efficient Attention Architecture",
+          "2510.26692", 2025, "delta rule, gate per key channel"),
+    Entry("deltaproduct", "longscan.mixers.deltaproduct:DeltaProduct",
+          "DeltaProduct: Improving State-Tracking in Linear RNNs via Householder Products",
+          "2502.10297", 2025, "delta rule, several steps per token"),
+    Entry("attention", "longscan.mixers.attention:Attention",
+          "Attention Is All You Need",
+          "1706.03762", 2017, "softmax attention", affine=False, train="O(T^2)", decode="O(T)"),
+    Entry("sliding_attention", "longscan.mixers.attention:SlidingAttention",
+          "Longformer: The Long-Document Transformer",
+          "2004.05150", 2020, "softmax attention, window", affine=False, train="O(T window)",
+          decode="O(window)"),
+    Entry("gated_attention", "longscan.mixers.gated_attention:GatedAttention",
+          "Gated Attention for Large Language Models: Non-linearity, Sparsity, and "
+          "Attention-Sink-Free",
+          "2505.06708", 2025, "softmax attention, gated output", affine=False, train="O(T^2)",
+          decode="O(T)"),
+):  # fmt: skip
+    register(_entry)
