@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+
+def cumulative(log_a: Tensor, dim: int) -> Tensor:
+    """Cumulative sums of log decays, each first raised to the logarithm of the smallest number.
+
+    A gate below that is zero in this precision anyway; the floor admits log_a = -inf and keeps
+    the sums small, so that weak gates after a closed one do not drown in rounding.
+    """
+    return log_a.clamp(min=math.log(torch.finfo(log_a.dtype).tiny)).cumsum(dim)
 
 
 def decay_factors(b: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from longscan.ops._check import (
     compute_dtype,
 )
 from longscan.ops._layout import layout
-from longscan.ops._scores import decay_factors, vector_scores
+from longscan.ops._scores import cumulative, decay_factors, vector_scores
 from longscan.ops.dispatch import by_sequence, choose
 
 
@@ -107,7 +107,7 @@ def _scalar(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor | None) -> tuple[Segm
         scores, carry, b = scores.tril(), v, None
         a = None
     else:
-        b = log_a.cumsum(-1)
+        b = cumulative(log_a, -1)
         scores = scores.unsqueeze(2) * decay_factors(b).unflatten(1, (groups, r))
         carry = v * (b[..., -1:] - b).exp().unsqueeze(-1)
         a = b[..., -1:]
@@ -139,7 +139,7 @@ def _vector(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor) -> tuple[SegmentMap,
     r = v.shape[1] // k.shape[1]
     if r > 1:
         q, k = q.repeat_interleave(r, 1), k.repeat_interleave(r, 1)
-    b = log_a.cumsum(-2)
+    b = cumulative(log_a, -2)
     (scores,) = vector_scores([q.unsqueeze(-2)], k.unsqueeze(-2), b)
     inside = scores @ v
     last = b[..., -1:, :]

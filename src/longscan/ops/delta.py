@@ -17,7 +17,7 @@ from longscan.ops._check import (
     compute_dtype,
 )
 from longscan.ops._layout import layout
-from longscan.ops._scores import decay_factors, vector_scores
+from longscan.ops._scores import cumulative, decay_factors, vector_scores
 from longscan.ops.dispatch import by_sequence, choose
 
 
@@ -134,7 +134,7 @@ def _chunk_maps(
     n = rows // c
     if log_a is not None and log_a.ndim == 4:
         q, k = q.repeat_interleave(r, 1), k.repeat_interleave(r, 1)
-        b = log_a.cumsum(-2)
+        b = cumulative(log_a, -2)
         q_steps, k_steps = q.unsqueeze(-2), k.unflatten(-2, (c, n))
         qk, kk = vector_scores([q_steps, k_steps], k_steps, b)
         b_rows = b.repeat_interleave(n, -2) if n > 1 else b
@@ -149,7 +149,7 @@ def _chunk_maps(
             token = torch.arange(c, device=q.device)
             qk = qk.masked_fill(token.unsqueeze(-1) < token.repeat_interleave(n), 0)
         else:
-            b = log_a.cumsum(-1).unsqueeze(-1)
+            b = cumulative(log_a, -1).unsqueeze(-1)
             factors = decay_factors(b.squeeze(-1))
             b_rows = b.repeat_interleave(n, -2) if n > 1 else b
             kk = kk * decay_factors(b_rows.squeeze(-1))
