@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import assert_close, golden
 
-from longscan.pretrained.layers import layer_state_dict
+from longscan.pretrained.layers import kimi_layer, layer_state_dict, qwen_next_layer
 from longscan.registry import mixer_class
 
 CASES = {
@@ -58,3 +58,19 @@ def test_layer_in_float32(name):
     y, _ = layer(file["in_x"])
     assert y.dtype == torch.float32
     assert_close(y, file["out_y"], "float32", "y")
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "kimi"])
+def test_layers_of_hugging_face_models(name):
+    """The first delta-rule layer of a tiny Qwen3-Next and of a tiny Kimi Linear."""
+    file = golden(f"deltanet/{name}_layer0")
+    tensors = {k[6:]: v for k, v in file.items() if k.startswith("param.")}
+    if name == "kimi":
+        layer = mixer_class("kda")(48, n_heads=3, gate_bias=False)
+        layer.load_state_dict(kimi_layer(tensors))
+    else:
+        sizes = {"n_heads": 2, "n_value_heads": 4, "d_key": 8, "d_value": 12}
+        layer = mixer_class("gated_deltanet")(48, **sizes, norm_eps=1e-6)
+        layer.load_state_dict(qwen_next_layer(tensors, **sizes))
+    y, _ = layer(file["in"])
+    assert_close(y, file["out"], "float32", "y")

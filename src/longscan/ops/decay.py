@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -109,8 +110,8 @@ def _scalar(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor | None) -> tuple[Segm
     else:
         b = cumulative(log_a, -1)
         scores = scores.unsqueeze(2) * decay_factors(b).unflatten(1, (groups, r))
-        carry = v * (b[..., -1:] - b).exp().unsqueeze(-1)
-        a = b[..., -1:]
+        carry = v * (b[..., -1:] - b).exp2().unsqueeze(-1)
+        a = b[..., -1:] * math.log(2)
     if b is None and r > 1:
         scores = scores.unsqueeze(2).expand(-1, -1, r, -1, -1)
     inside = (scores.reshape(n, heads, c, c) if r > 1 else scores.view(n, heads, c, c)) @ v
@@ -121,7 +122,7 @@ def _scalar(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor | None) -> tuple[Segm
     def read(state: Tensor) -> Tensor:
         o = q @ _beside(state, groups)
         o = o.unflatten(-1, (r, d_value)).transpose(2, 3).flatten(1, 2)
-        o = inside + o if b is None else torch.addcmul(inside, o, b.exp().unsqueeze(-1))
+        o = inside + o if b is None else torch.addcmul(inside, o, b.exp2().unsqueeze(-1))
         return o.transpose(1, 2)
 
     return maps, read
@@ -143,8 +144,8 @@ def _vector(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor) -> tuple[SegmentMap,
     (scores,) = vector_scores([q.unsqueeze(-2)], k.unsqueeze(-2), b)
     inside = scores @ v
     last = b[..., -1:, :]
-    maps = SegmentMap("diagonal", last.squeeze(-2), (k * (last - b).exp()).mT @ v)
-    reader = q * b.exp()
+    maps = SegmentMap("diagonal", last.squeeze(-2) * math.log(2), (k * (last - b).exp2()).mT @ v)
+    reader = q * b.exp2()
     return maps, lambda state: (inside + reader @ state).transpose(1, 2)
 
 

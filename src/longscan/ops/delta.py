@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import accumulate, pairwise
+
 import torch
 from torch import Tensor
 
-from longscan import algebra
 from longscan.algebra import SegmentMap
 from longscan.ops._check import (
     check_floating,
@@ -90,89 +91,220 @@ def delta_chunked(
     *,
     state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-    chunk: int = 64,
+    chunk: int = 32,
 ) -> tuple[Tensor, Tensor]:
-    """The fast torch form of `delta`: each chunk becomes one affine map of state and outputs.
+    """The fast torch form of `delta`: matrix products in chunks, a scan of states across them.
 
     With n steps per token, a chunk of C tokens has N = C n rows of keys and values and C queries.
-    Rows i, j of token t(i), t(j); b the cumulative log decay within the chunk:
+    Row i belongs to token t(i); b is the cumulative log decay within the chunk, S enters it:
 
-        M_ij = beta_i k_i . k_j exp(b_t(i) - b_t(j)),  j < i         (strictly lower)
-        X    = (I + M)^-1 diag(beta)
+        L_ij = k_i . k_j exp(b_t(i) - b_t(j)),  j < i              (strictly lower)
         P_tj = q_t . k_j exp(b_t - b_t(j)),  t(j) <= t
-        W    = X (K exp(b)),   U = X V                               new values: U - W S
-        o    = P U + (q exp(b) - P W) S
-        S'   = (diag(exp(b_end)) - D^T W) S + D^T U,   D = K exp(b_end - b)
+        R    = V - K exp(b) S                                       what the state gets wrong
+        V'   = (I + diag(beta) L)^-1 diag(beta) R                   what is written in the end
+        o    = (q exp(b)) S + P V'
+        S'   = diag(exp(b_end)) S + (K exp(b_end - b))^T V'
     """
     k, v, beta = _with_steps(k, v, beta)
     n = k.shape[2]
     plan = layout(v.shape[0], v.shape[1], max(1, chunk >> (n - 1).bit_length()), cu_seqlens)
-    (groups, d_key), (heads, d_value) = k.shape[3:], v.shape[3:]
     if state is None:
-        state = v.new_zeros(plan.rows, heads, d_key, d_value)
-    q = plan.split(q).transpose(1, 2)
-    k, v, beta = (plan.split(x).flatten(1, 2).transpose(1, 2) for x in (k, v, beta))
+        state = v.new_zeros(plan.rows, v.shape[3], k.shape[4], v.shape[4])
+    r = v.shape[3] // k.shape[3]
+    q = plan.split(q).transpose(1, 2).contiguous()
+    k, v, beta = (plan.split(x).flatten(1, 2).transpose(1, 2).contiguous() for x in (k, v, beta))
     if log_a is not None:
         log_a = plan.split(log_a).transpose(1, 2)
-    r = heads // groups
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    maps, out, reader = _chunk_maps(q, k, v, beta.unsqueeze(-1), log_a, r)
-    entering, final = algebra.scan(maps, plan.rows_in(state), plan.counts)
-    o = (out + reader @ entering).transpose(1, 2)
-    return plan.join(o), plan.rows_out(final)
-
-
-def _chunk_maps(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_a: Tensor | None, r: int
-) -> tuple[SegmentMap, Tensor, Tensor]:
-    """The map of each chunk, its outputs for S = 0, and the matrix that reads S.
-
-    Shapes: q [G, Hk, C, K]; k [G, Hk, N, K]; v [G, H, N, V]; beta [G, H, N, 1];
-    log_a [G, H, C] or [G, H, C, K].
-    """
-    c, rows = q.shape[2], k.shape[2]
-    n = rows // c
-    if log_a is not None and log_a.ndim == 4:
-        q, k = q.repeat_interleave(r, 1), k.repeat_interleave(r, 1)
-        b = cumulative(log_a, -2)
-        q_steps, k_steps = q.unsqueeze(-2), k.unflatten(-2, (c, n))
-        qk, kk = vector_scores([q_steps, k_steps], k_steps, b)
-        b_rows = b.repeat_interleave(n, -2) if n > 1 else b
-        last = b[..., -1:, :]
-        end = last.exp().mT
-    else:
-        qk, kk = q @ k.mT, k @ k.mT
-        q, k = q.repeat_interleave(r, 1), k.repeat_interleave(r, 1)
-        qk, kk = qk.repeat_interleave(r, 1), kk.repeat_interleave(r, 1)
-        b = b_rows = last = end = None
-        if log_a is None:
-            token = torch.arange(c, device=q.device)
-            qk = qk.masked_fill(token.unsqueeze(-1) < token.repeat_interleave(n), 0)
-        else:
-            b = cumulative(log_a, -1).unsqueeze(-1)
-            factors = decay_factors(b.squeeze(-1))
-            b_rows = b.repeat_interleave(n, -2) if n > 1 else b
-            kk = kk * decay_factors(b_rows.squeeze(-1))
-            qk = qk * (factors.repeat_interleave(n, -1) if n > 1 else factors)
-            last = b[..., -1:, :]
-            end = last.exp()
-    k_in = k if b_rows is None else k * b_rows.exp()
-    k_out = k if b_rows is None or last is None else k * (last - b_rows).exp()
-    q_in = q if b is None else q * b.exp()
-
-    # One unit lower triangular solve gives both U and W.
-    m = (beta * kk).tril(-1)
-    solved = torch.linalg.solve_triangular(
-        m, beta * torch.cat([v, k_in], -1), upper=False, unitriangular=True
+    factors = _vector if log_a is not None and log_a.ndim == 4 else _scalar
+    o, final, *_ = _delta_scan(
+        *factors(q, k, log_a, r), v, beta.unsqueeze(-1), plan.rows_in(state), plan.counts
     )
-    out, through = (qk @ solved).split([v.shape[-1], k.shape[-1]], -1)
-    u, a = (k_out.mT @ solved).split([v.shape[-1], k.shape[-1]], -1)
-    eye = torch.eye(k.shape[-1], dtype=k.dtype, device=k.device)
-    return SegmentMap("matrix", (eye if end is None else eye * end) - a, u), out, q_in - through
+    return plan.join(o.transpose(1, 2)), plan.rows_out(final)
+
+
+Factors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]
+"""Of each chunk and value head: P [G, H, C, N], L [G, H, N, N] (its strictly lower part counts),
+q exp(b) [G, H, C, K], K exp(b) and K exp(b_end - b) [G, H, N, K], exp(b_end) [G, H, K or 1, 1]."""
+
+
+def _scalar(q: Tensor, k: Tensor, log_a: Tensor | None, r: int) -> Factors:
+    """Factors without a gate or with one number per head; r value heads share a key head.
+
+    Shapes: q [G, Hk, C, K]; k [G, Hk, N, K]; log_a [G, H, C].
+    """
+    c, n = q.shape[2], k.shape[2] // q.shape[2]
+    q, k, qk, kk = (_shared(x, r) for x in (q, k, q @ k.mT, k @ k.mT))
+    if log_a is None:
+        token = torch.arange(c, device=q.device)
+        later = token.unsqueeze(-1) < token.repeat_interleave(n)
+        return qk.masked_fill(later, 0), kk, q, k, k, None
+    b = cumulative(log_a, -1)
+    decay = decay_factors(b)
+    b_rows = b
+    if n > 1:
+        b_rows = b.repeat_interleave(n, -1)
+        kk = kk * decay_factors(b_rows)
+        decay = decay.repeat_interleave(n, -1)
+    else:
+        kk = kk * decay
+    last = b[..., -1:]
+    q_in = q * b.exp2().unsqueeze(-1)
+    k_in, k_out = k * b_rows.exp2().unsqueeze(-1), k * (last - b_rows).exp2().unsqueeze(-1)
+    return qk * decay, kk, q_in, k_in, k_out, last.exp2().unsqueeze(-1)
+
+
+def _shared(x: Tensor, r: int) -> Tensor:
+    """Repeat each key head for the r value heads it serves."""
+    return x.repeat_interleave(r, 1) if r > 1 else x
+
+
+def _vector(q: Tensor, k: Tensor, log_a: Tensor, r: int) -> Factors:
+    """Factors with a gate per key channel. Shapes as `_scalar`, log_a [G, H, C, K]."""
+    c, n = q.shape[2], k.shape[2] // q.shape[2]
+    q, k = _shared(q, r), _shared(k, r)
+    b = cumulative(log_a, -2)
+    steps = k.unflatten(-2, (c, n))
+    qk, kk = vector_scores([q.unsqueeze(-2), steps], steps, b)
+    b_rows = b.repeat_interleave(n, -2) if n > 1 else b
+    last = b[..., -1:, :]
+    return qk, kk, q * b.exp2(), k * b_rows.exp2(), k * (last - b_rows).exp2(), last.exp2().mT
+
+
+@torch.library.custom_op("longscan::delta_scan", mutates_args=())
+def _delta_scan(
+    scores: Tensor,
+    lower: Tensor,
+    q_in: Tensor,
+    k_in: Tensor,
+    k_out: Tensor,
+    end: Tensor | None,
+    v: Tensor,
+    beta: Tensor,
+    state: Tensor,
+    counts: list[int],
+) -> list[Tensor]:
+    """States and outputs of all chunks from their factors, see `delta_chunked`.
+
+    -> o [G, H, C, V], final state, and for the backward: the inverse, R, V' and the states that
+    enter. The backward is written out: autograd would keep and visit every step of the loop.
+    """
+    g, h, n, _ = v.shape
+    eye = torch.eye(n, dtype=v.dtype, device=v.device).expand(g, h, n, n)
+    inverse = torch.linalg.solve_triangular(
+        beta * lower.tril(-1), eye, upper=False, unitriangular=True
+    )
+    solve = (inverse * beta.mT).flatten(0, 1)
+    entering = v.new_empty(g * h, *state.shape[2:])
+    wrong, written = torch.empty_like(v), torch.empty_like(v)
+    scores, q_in, k_in, k_out, v_, wrong_, written_ = (
+        x.flatten(0, 1) for x in (scores, q_in, k_in, k_out, v, wrong, written)
+    )
+    state = state.clone()
+    s = state.flatten(0, 1)
+    for part in _parts(counts, h):
+        now = s[: part.stop - part.start]
+        entering[part] = now
+        torch.baddbmm(v_[part], k_in[part], now, alpha=-1, out=wrong_[part])
+        torch.bmm(solve[part], wrong_[part], out=written_[part])
+        if end is not None:
+            now *= end.flatten(0, 1)[part]
+        now.baddbmm_(k_out[part].mT, written_[part])
+    o = torch.bmm(scores, written_).baddbmm_(q_in, entering)
+    return [o.unflatten(0, (g, h)), state, inverse, wrong, written, entering.unflatten(0, (g, h))]
+
+
+@_delta_scan.register_fake
+def _(scores, lower, q_in, k_in, k_out, end, v, beta, state, counts):
+    entering = v.new_empty(*v.shape[:2], *state.shape[2:])
+    o = v.new_empty(*q_in.shape[:3], v.shape[3])
+    empty = (torch.empty_like(x) for x in (state, lower, v, v))
+    return [o, *empty, entering]
+
+
+@torch.library.custom_op("longscan::delta_scan_backward", mutates_args=())
+def _delta_scan_backward(
+    scores: Tensor,
+    lower: Tensor,
+    q_in: Tensor,
+    k_in: Tensor,
+    k_out: Tensor,
+    end: Tensor | None,
+    beta: Tensor,
+    inverse: Tensor,
+    wrong: Tensor,
+    written: Tensor,
+    entering: Tensor,
+    do: Tensor,
+    ds: Tensor,
+    counts: list[int],
+) -> list[Tensor]:
+    """Gradients of scores, lower, q_in, k_in, k_out, v, beta, state and, with gates, end."""
+    g, h = beta.shape[:2]
+    scores, q_in, k_in, k_out, wrong, written, entering, do = (
+        x.flatten(0, 1) for x in (scores, q_in, k_in, k_out, wrong, written, entering, do)
+    )
+    solve = (inverse * beta.mT).flatten(0, 1)
+    d_written, d_entering = scores.mT @ do, q_in.mT @ do
+    d_wrong, leaving = torch.empty_like(wrong), torch.empty_like(entering)
+    d_state = ds.clone()
+    d = d_state.flatten(0, 1)
+    for part in reversed(_parts(counts, h)):
+        now = d[: part.stop - part.start]
+        leaving[part] = now
+        d_written[part].baddbmm_(k_out[part], now)
+        torch.bmm(solve[part].mT, d_written[part], out=d_wrong[part])
+        if end is not None:
+            now *= end.flatten(0, 1)[part]
+        now += d_entering[part]
+        now.baddbmm_(k_in[part].mT, d_wrong[part], alpha=-1)
+    d_solve = (d_written @ wrong.mT).unflatten(0, (g, h))
+    d_lower = (inverse.mT @ (d_solve * beta.mT) @ inverse.mT).tril_(-1).neg_()
+    d_beta = (d_solve * inverse).sum(-2).unsqueeze(-1) + (d_lower * lower).sum(-1, True)
+    grads = [
+        (do @ written.mT).unflatten(0, (g, h)),
+        beta * d_lower,
+        (do @ entering.mT).unflatten(0, (g, h)),
+        (d_wrong @ entering.mT).neg_().unflatten(0, (g, h)),
+        (written @ leaving.mT).unflatten(0, (g, h)),
+        d_wrong.unflatten(0, (g, h)),
+        d_beta,
+        d_state,
+    ]
+    if end is not None:
+        through = (entering * leaving).unflatten(0, (g, h))
+        per_head = end.shape[-2] == 1
+        grads.append(through.sum((-1, -2) if per_head else -1).view_as(end))
+    return grads
+
+
+@_delta_scan_backward.register_fake
+def _(scores, lower, q_in, k_in, k_out, end, beta, inverse, wrong, written, entering, do, ds, n):
+    like = [scores, lower, q_in, k_in, k_out, wrong, beta, ds, *([] if end is None else [end])]
+    return [torch.empty_like(x) for x in like]
+
+
+def _save(ctx, inputs, output) -> None:
+    *factors, end, _, beta, _, ctx.counts = inputs
+    ctx.save_for_backward(*factors, end, beta, *output[2:])
+
+
+def _gradients(ctx, grads: list[Tensor]):
+    grads = _delta_scan_backward(*ctx.saved_tensors, grads[0], grads[1], ctx.counts)
+    *factors, v, beta, state = grads[:8]
+    return *factors, (grads[8] if len(grads) > 8 else None), v, beta, state, None
+
+
+_delta_scan.register_autograd(_gradients, setup_context=_save)
+
+
+def _parts(counts: list[int], heads: int) -> list[slice]:
+    """Where each step of a scan lies among the flattened [G * H] chunks."""
+    bounds = [0, *accumulate(n * heads for n in counts)]
+    return [slice(a, b) for a, b in pairwise(bounds)]
 
 
 def delta_segment(
-    k: Tensor, v: Tensor, beta: Tensor, log_a: Tensor | None = None, *, chunk: int = 64
+    k: Tensor, v: Tensor, beta: Tensor, log_a: Tensor | None = None, *, chunk: int = 32
 ) -> SegmentMap:
     """The map of a whole stretch on the state: S_out = M S_in + U, M [B, H, K, K].
 
@@ -200,7 +332,7 @@ def delta(
     *,
     state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-    chunk: int = 64,
+    chunk: int = 32,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The delta rule: decay the state, then write what it gets wrong; n writes per token.

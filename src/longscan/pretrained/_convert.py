@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from longscan.models.checkpoint import CheckpointError
+
 Table = Mapping[str, str]
 """Our name -> their names, space-separated, joined along the first axis. "a|b": whichever exists;
 a trailing "?": may be absent (our parameter is then absent too if nothing is left)."""
@@ -15,7 +17,7 @@ a trailing "?": may be absent (our parameter is then absent too if nothing is le
 def convert(tensors: Mapping[str, Tensor], table: Table) -> dict[str, Tensor]:
     """Our state dict from theirs.
 
-    Raises: KeyError naming a tensor that is missing; ValueError naming tensors nothing asked for.
+    Raises: CheckpointError naming a tensor that is missing, or tensors nothing asked for.
     """
     used: set[str] = set()
     out: dict[str, Tensor] = {}
@@ -28,12 +30,10 @@ def convert(tensors: Mapping[str, Tensor], table: Table) -> dict[str, Tensor]:
                 used.add(found)
                 parts.append(tensors[found])
             elif not want.endswith("?"):
-                raise KeyError(f"the checkpoint has no {' or '.join(names)} (needed for {ours})")
+                raise CheckpointError(f"there is no tensor {' or '.join(names)} (for {ours})")
         if parts:
             out[ours] = torch.cat(parts) if len(parts) > 1 else parts[0]
     extra = sorted(set(tensors) - used)
     if extra:
-        raise ValueError(
-            f"the checkpoint holds tensors this architecture has no place for: {extra}"
-        )
+        raise CheckpointError(f"the checkpoint holds tensors without a place here: {extra}")
     return out

@@ -75,7 +75,7 @@ def layer_state_dict(mixer: str, tensors: Mapping[str, Tensor]) -> dict[str, Ten
     """Our state dict of one layer from the authors'.
 
     mixer: a name of LAYERS. tensors: the layer's parameters without any prefix.
-    Raises: ValueError for an unknown mixer or left-over tensors, KeyError for a missing tensor.
+    Raises: ValueError for an unknown mixer, CheckpointError for missing or left-over tensors.
     """
     if mixer not in LAYERS:
         raise ValueError(f"no table for {mixer!r}; there is one for {', '.join(LAYERS)}")
