@@ -7,12 +7,29 @@ ordered step-major (see `algebra.scan`): all first chunks, then all second ones,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+T = TypeVar("T")
+
+
+def remembered(x: Tensor, name: str, make: Callable[[], T]) -> T:
+    """What `make` derives from the values of x, kept with x until these change.
+
+    Reading values from a device makes it wait, and every layer of a model asks for the same.
+    """
+    if x.is_inference():  # such tensors do not count their changes
+        return make()
+    kept: dict = x.__dict__.setdefault("_longscan", {})
+    if name not in kept or kept[name][0] != x._version:
+        kept[name] = (x._version, make())
+    return kept[name][1]
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, batch: int, length: int) -> list[int]:
@@ -28,22 +45,22 @@ def check_cu_seqlens(cu_seqlens: Tensor, batch: int, length: int) -> list[int]:
         raise ValueError(
             f"packed sequences lie on one row: with cu_seqlens the batch must be 1, not {batch}"
         )
-    cached = getattr(cu_seqlens, "_longscan_list", None)
-    if cached is not None and cached[0] == cu_seqlens._version:
-        bounds = cached[1]
-    else:
-        bounds = cu_seqlens.tolist()
-        if bounds[0] != 0:
-            raise ValueError(f"cu_seqlens must start at 0, not {bounds[0]}")
-        for i, (a, b) in enumerate(pairwise(bounds)):
-            if b <= a:
-                raise ValueError(
-                    f"cu_seqlens must rise strictly: entry {i + 1} is {b} after {a} "
-                    "(sort the boundaries; leave empty sequences out)"
-                )
-        cu_seqlens._longscan_list = (cu_seqlens._version, bounds)  # type: ignore[attr-defined]
+    bounds = remembered(cu_seqlens, "bounds", lambda: _bounds(cu_seqlens))
     if bounds[-1] != length:
         raise ValueError(f"cu_seqlens ends at {bounds[-1]}, but there are {length} tokens")
+    return bounds
+
+
+def _bounds(cu_seqlens: Tensor) -> list[int]:
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0:
+        raise ValueError(f"cu_seqlens must start at 0, not {bounds[0]}")
+    for i, (a, b) in enumerate(pairwise(bounds)):
+        if b <= a:
+            raise ValueError(
+                f"cu_seqlens must rise strictly: entry {i + 1} is {b} after {a} "
+                "(sort the boundaries; leave empty sequences out)"
+            )
     return bounds
 
 
@@ -103,10 +120,13 @@ def layout(batch: int, length: int, chunk: int, cu_seqlens: Tensor | None) -> La
         chunk = min(chunk, 1 << (length - 1).bit_length())
         return Layout(batch, length, chunk, batch, [batch] * (-(-length // chunk)))
     bounds = check_cu_seqlens(cu_seqlens, batch, length)
-    key = (cu_seqlens._version, chunk)
-    cached = getattr(cu_seqlens, "_longscan_layout", None)
-    if cached is not None and cached[0] == key:
-        return cached[1]
+    return remembered(
+        cu_seqlens, f"layout {chunk}", lambda: _packed(bounds, chunk, cu_seqlens.device)
+    )
+
+
+def _packed(bounds: list[int], chunk: int, device: torch.device) -> Layout:
+    length = bounds[-1]
     starts = torch.tensor(bounds[:-1])
     lengths = torch.tensor(bounds[1:]) - starts
     chunks = (lengths + chunk - 1) // chunk
@@ -119,10 +139,7 @@ def layout(batch: int, length: int, chunk: int, cu_seqlens: Tensor | None) -> La
     index = torch.where(offset < lengths[row, None], starts[row, None] + offset, length).flatten()
     back = torch.empty(length + 1, dtype=torch.long)
     back[index] = torch.arange(index.numel())
-    device = cu_seqlens.device
-    made = Layout(
+    return Layout(
         1, length, chunk, len(lengths), counts,
         index.to(device), back[:-1].to(device), order.to(device), torch.argsort(order).to(device),
     )  # fmt: skip
-    cu_seqlens._longscan_layout = (key, made)  # type: ignore[attr-defined]
-    return made

@@ -320,5 +320,7 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     if not tensors and binary.exists():
         tensors = torch.load(binary, map_location="cpu", weights_only=True)
     if not tensors:
-        raise CheckpointError(f"{folder} holds no model*.safetensors and no pytorch_model.bin")
+        raise CheckpointError(
+            f"{folder} holds no weights: neither model*.safetensors nor pytorch_model.bin"
+        )
     return {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}

@@ -6,16 +6,14 @@ side for each group of queries that share a key/value head, Qwen3-Next for each 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from longscan.models.checkpoint import CheckpointError, load_weights
-from longscan.models.language_model import LanguageModel, LanguageModelConfig
+from longscan.models.checkpoint import CheckpointError
+from longscan.models.config import LanguageModelConfig
 
 Config = Mapping[str, Any]
 
@@ -164,32 +162,9 @@ def qwen3_state_dict(tensors: Mapping[str, Tensor], config: Config) -> dict[str,
     return out
 
 
-def qwen3_language_model(folder: str | Path) -> LanguageModel:
-    """The LanguageModel in a folder with a dense Qwen3 checkpoint, gated or not.
-
-    Reads config.json and every *.safetensors file; weights become float32.
-    Raises: CheckpointError saying what is missing or does not fit.
-    """
-    from safetensors.torch import load_file
-
-    folder = Path(folder)
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{folder} holds no checkpoint: there is no config.json") from error
-    files = sorted(folder.glob("model*.safetensors"))
-    if not files:
-        raise CheckpointError(f"{folder} holds no weights: there is no model*.safetensors")
-    model = LanguageModel(qwen3_config(config))
-    tensors = {name: t for file in files for name, t in load_file(str(file)).items()}
-    load_weights(model, qwen3_state_dict(tensors, config), str(folder))
-    return model
-
-
 __all__ = [
     "attention_settings",
     "gated_attention_layer",
     "qwen3_config",
-    "qwen3_language_model",
     "qwen3_state_dict",
 ]

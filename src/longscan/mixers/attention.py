@@ -1,0 +1,181 @@
+"""Softmax attention, the companion of linear mixers in hybrids: full, or in a sliding window."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from longscan.mixers._parts import RMSNorm
+from longscan.mixers.base import Mixer
+from longscan.ops._cache import counts
+from longscan.ops._check import compute_dtype
+from longscan.ops.attention import attention, attention_weights
+from longscan.ops.norm import rms_norm
+from longscan.ops.rotary import rotary, rotary_factors
+from longscan.state import State
+
+
+class Attention(Mixer):
+    """Causal multi-head softmax attention with rotary positions and grouped key/value heads.
+
+    q | k | v = in_proj(x);  q, k = rope(norm(q)), rope(norm(k))      the norm only with qk_norm
+    o_i = sum_{j <= i} softmax_j(D^-0.5 q_i . k_j) v_j;  y = out_proj(o)
+
+    Shapes: x, y [B, T, d_model]. Rows of in_proj: q (n_heads d_head) | k (n_kv_heads d_head) |
+    v (n_kv_heads d_head), heads being the slower index. State: k, v [B, L, n_kv_heads, d_head]
+    with k already turned, and length [B], see `ops.attention`.
+    n_kv_heads: None means n_heads. d_head: None means d_model / n_heads. window: tokens each
+    token sees, itself included; None means all before it. rope_theta: None for no positions.
+    rotary_fraction: share of d_head that is turned, rounded down to an even number.
+    qk_norm: RMSNorm over each head of q and k, with one weight for all heads.
+    Precision: scores, softmax and rotary factors in float32.
+    Raises: ValueError for sizes that do not divide.
+    Source: arXiv 1706.03762; RoPE 2104.09864; GQA 2305.13245; layer as in Qwen3 (2505.09388).
+    Differs: one fused input projection.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        n_heads: int = 4,
+        n_kv_heads: int | None = None,
+        d_head: int | None = None,
+        window: int | None = None,
+        rope_theta: float | None = 10000.0,
+        rotary_fraction: float = 1.0,
+        qk_norm: bool = False,
+        norm_eps: float = 1e-6,
+        bias: bool = False,
+    ) -> None:
+        super().__init__()
+        n_kv_heads = n_kv_heads or n_heads
+        if n_heads < 1 or n_heads % n_kv_heads:
+            raise ValueError(f"n_kv_heads ({n_kv_heads}) must divide n_heads ({n_heads})")
+        if d_head is None and d_model % n_heads:
+            raise ValueError(
+                f"n_heads ({n_heads}) must divide d_model ({d_model}), unless d_head is given"
+            )
+        if window is not None and window < 1:
+            raise ValueError(f"window must be at least 1 or None, not {window}")
+        if not 0 <= rotary_fraction <= 1:
+            raise ValueError(f"rotary_fraction must lie in [0, 1], not {rotary_fraction}")
+        self.d_model, self.n_heads, self.n_kv_heads = d_model, n_heads, n_kv_heads
+        self.d_head = d_head or d_model // n_heads
+        self.window, self.rope_theta = window, rope_theta
+        # A share such as 0.58 of 100 is 57.99999999999999 and must not lose a pair to rounding.
+        self.rotary_dim = 2 * int(self.d_head * rotary_fraction / 2 + 1e-6)
+        self._qk_rows = (n_heads + n_kv_heads) * self.d_head
+        self._v_rows = n_kv_heads * self.d_head
+        self.in_proj = nn.Linear(d_model, self._qk_rows + self._v_rows, bias=bias)
+        self.q_norm = RMSNorm(self.d_head, norm_eps) if qk_norm else None
+        self.k_norm = RMSNorm(self.d_head, norm_eps) if qk_norm else None
+        self.out_proj = nn.Linear(n_heads * self.d_head, d_model, bias=bias)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Linear weights N(0, 0.02), biases 0, norms 1."""
+        for linear in (self.in_proj, self.out_proj):
+            nn.init.normal_(linear.weight, std=0.02)
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
+        for norm in (self.q_norm, self.k_norm):
+            if norm is not None:
+                norm.reset_parameters()
+
+    def init_state(self, batch: int) -> State:
+        w = self.in_proj.weight
+        k = w.new_zeros(batch, 0, self.n_kv_heads, self.d_head, dtype=self._cache_dtype())
+        length = torch.zeros(batch, dtype=torch.int64, device=w.device)
+        return State(k=k, v=k, length=length)
+
+    def _cache_dtype(self) -> torch.dtype:
+        w = self.in_proj.weight
+        return w.dtype if w.is_cuda else compute_dtype(w)
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q and k side by side [B, T, n_heads + n_kv_heads, d_head], v, and what else there is."""
+        y = self.in_proj(x)
+        both, end = self._qk_rows, self._qk_rows + self._v_rows
+        qk, v = y[..., :both], y[..., both:end]
+        return qk.unflatten(-1, (-1, self.d_head)), v.unflatten(-1, (-1, self.d_head)), y[..., end:]
+
+    def _turn(self, qk: Tensor, state: State | None, cu_seqlens: Tensor | None) -> Tensor:
+        """The norms and the rotary positions of q and k side by side: one call serves both."""
+        if self.q_norm is not None and self.k_norm is not None:
+            weight = torch.cat(
+                [
+                    self.q_norm.weight.expand(self.n_heads, -1),
+                    self.k_norm.weight.expand(self.n_kv_heads, -1),
+                ]
+            )
+            dtype = compute_dtype(qk)
+            qk = (rms_norm(qk.to(dtype), None, self.q_norm.eps) * weight.to(dtype)).to(qk.dtype)
+        if self.rope_theta is None or self.rotary_dim == 0:
+            return qk
+        cos, sin = rotary_factors(
+            qk.shape[1],
+            self.rotary_dim,
+            self.rope_theta,
+            start=None if state is None else counts(state),
+            cu_seqlens=cu_seqlens,
+            dtype=compute_dtype(qk),
+            device=qk.device,
+        )
+        return rotary(qk, cos, sin)
+
+    def forward(
+        self, x: Tensor, state: State | None = None, *, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        self._check_input(x)
+        qk, v, _ = self._project(x)
+        q, k = self._turn(qk, state, cu_seqlens).split([self.n_heads, self.n_kv_heads], 2)
+        o, state = attention(q, k, v, window=self.window, state=state, cu_seqlens=cu_seqlens)
+        return self.out_proj(o.flatten(-2)), state
+
+    def weights(self, x: Tensor) -> Tensor:
+        """The attention probabilities [B, n_heads, T, T] on fresh sequences, to look at them."""
+        self._check_input(x)
+        qk = self._turn(self._project(x)[0], None, None)
+        q, k = qk.split([self.n_heads, self.n_kv_heads], 2)
+        return attention_weights(q, k, window=self.window)
+
+
+class SlidingAttention(Attention):
+    """`Attention` in which each token sees itself and the window - 1 tokens before it.
+
+    Time and memory grow with T window, and the state never holds more than window - 1 tokens.
+
+    Shapes, arguments, precision: as `Attention`.
+    Source: Longformer (arXiv 2004.05150), one-sided as in Mistral (arXiv 2310.06825).
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        window: int = 512,
+        n_heads: int = 4,
+        n_kv_heads: int | None = None,
+        d_head: int | None = None,
+        rope_theta: float | None = 10000.0,
+        rotary_fraction: float = 1.0,
+        qk_norm: bool = False,
+        norm_eps: float = 1e-6,
+        bias: bool = False,
+    ) -> None:
+        super().__init__(
+            d_model,
+            n_heads=n_heads,
+            n_kv_heads=n_kv_heads,
+            d_head=d_head,
+            window=window,
+            rope_theta=rope_theta,
+            rotary_fraction=rotary_fraction,
+            qk_norm=qk_norm,
+            norm_eps=norm_eps,
+            bias=bias,
+        )
+
+
+__all__ = ["Attention", "SlidingAttention"]
