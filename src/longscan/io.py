@@ -14,6 +14,12 @@ class SaveError(OSError):
     """Writing failed; whatever stood at the path before is untouched."""
 
 
+def _umask() -> int:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
 def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
     """Call `write(temporary)` beside `path`, sync it to disk, then rename it over `path`.
 
@@ -24,6 +30,7 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
+        temporary.chmod(0o666 & ~_umask())  # some writers make files only their owner can read
         with open(temporary, "rb+") as f:
             os.fsync(f.fileno())
         os.replace(temporary, path)
