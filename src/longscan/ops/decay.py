@@ -18,6 +18,7 @@ from longscan.ops._check import (
     check_state,
     check_values,
     compute_dtype,
+    full_precision,
 )
 from longscan.ops._layout import layout
 from longscan.ops._scores import cumulative, decay_factors, vector_scores
@@ -198,7 +199,7 @@ def decay(
     rows = batch if cu_seqlens is None else cu_seqlens.numel() - 1
     check_state("state", state, (rows, heads, d_key, d_value), "[rows, H, K, V]")
     dtype, out = compute_dtype(q, k, v, log_a, state), v.dtype
-    with torch.autocast(v.device.type, enabled=False):
+    with full_precision(v):
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
         log_a = None if log_a is None else log_a.to(dtype)
         state = None if state is None else state.to(dtype)
