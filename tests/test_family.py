@@ -111,13 +111,7 @@ def test_packed_equals_separate(name, lengths, warm):
     m = build(name)
     parts = [tokens(1, n, seed=i) for i, n in enumerate(lengths)]
     before = [m(tokens(1, 3 + i, seed=50 + i))[1] for i in range(len(lengths))] if warm else None
-    if before is not None and name in ("attention", "gated_attention", "sliding_attention"):
-        _, joined = m(
-            torch.cat([tokens(1, 3 + i, seed=50 + i) for i in range(len(lengths))], 1),
-            cu_seqlens=torch.tensor([0, *(3 + i for i in range(len(lengths)))]).cumsum(0),
-        )
-    else:
-        joined = None if before is None else State.cat(before)
+    joined = None if before is None else State.cat(before)
     cu = torch.tensor([0, *lengths]).cumsum(0)
     y, state = m(torch.cat(parts, 1), joined, cu_seqlens=cu)
     for i, part in enumerate(parts):

@@ -36,7 +36,7 @@ _HOME = {
     "from_pretrained": "longscan.pretrained.models",
 }
 
-__all__ = ["__version__", *_HOME]
+__all__ = ["__version__", *_HOME]  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
     from longscan.algebra import SegmentMap, compose

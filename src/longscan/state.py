@@ -90,7 +90,11 @@ class State(Mapping[str, Leaf]):
 
     @staticmethod
     def cat(states: Iterable[State]) -> State:
-        """Join states of equal form along the batch axis."""
+        """Join states of equal form along the batch axis.
+
+        Tensors whose second axes differ, caches of attention at different ages, are right-aligned:
+        the shorter get zeros on the left.
+        """
         states = list(states)
         if not states:
             raise ValueError("State.cat needs at least one state")
@@ -104,7 +108,7 @@ class State(Mapping[str, Leaf]):
             if isinstance(values[0], State):
                 out[k] = State.cat(s.child(k) for s in states)
             else:
-                out[k] = torch.cat([s.tensor(k) for s in states])
+                out[k] = torch.cat(_aligned([s.tensor(k) for s in states]))
         return State(out)
 
     def flatten(self, prefix: str = "") -> dict[str, Tensor]:
@@ -155,6 +159,17 @@ class State(Mapping[str, Leaf]):
         from safetensors.torch import load_file
 
         return State.unflatten(load_file(str(path), device=device))
+
+
+def _aligned(tensors: list[Tensor]) -> list[Tensor]:
+    """Tensors of equal second axes, by zeros on the left of the shorter."""
+    if tensors[0].ndim < 2 or len({t.shape[1] for t in tensors}) == 1:
+        return tensors
+    longest = max(t.shape[1] for t in tensors)
+    return [
+        torch.nn.functional.pad(t, (0, 0) * (t.ndim - 2) + (longest - t.shape[1], 0))
+        for t in tensors
+    ]
 
 
 pytree.register_pytree_node(

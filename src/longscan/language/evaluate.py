@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from longscan.language.rows import in_eval_mode, join_states, pack
+from longscan.language.rows import in_eval_mode, pack
 from longscan.language.tokenizer import Tokenizer
 from longscan.models.language_model import LanguageModel
 from longscan.state import State
@@ -129,7 +129,7 @@ def evaluate(
             fresh = list(itertools.islice(waiting, lanes - len(active)))
             n_documents += len(fresh)
             if fresh and state is not None:
-                state = join_states([state, model.init_state(len(fresh))])
+                state = State.cat([state, model.init_state(len(fresh))])
             active += fresh
             if not active:
                 break

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longscan.language.rows import in_eval_mode, join_states, pack
+from longscan.language.rows import in_eval_mode, pack
 from longscan.language.sampling import Sampling
 from longscan.language.tokenizer import Tokenizer
 from longscan.models.language_model import LanguageModel
@@ -64,7 +64,7 @@ def prefill(
     if len(states) == 1:
         return logits[0], states[0]
     order = np.argsort(done_rows).tolist()
-    return torch.cat(logits)[order], join_states(states).select(order)
+    return torch.cat(logits)[order], State.cat(states).select(order)
 
 
 class TokenStream(Iterator[list[int | None]]):

@@ -13,9 +13,13 @@ from longscan.ops.norm import rms_norm
 
 
 class RMSNorm(nn.Module):
-    """`ops.norm.rms_norm` with its weight. Shapes: [..., d]; precision: statistics in float32."""
+    """`ops.norm.rms_norm` with its weight.
 
-    def __init__(self, d: int, eps: float) -> None:
+    Shapes: [..., d]. Precision: statistics in float32, the result in the dtype of the weight, so
+    that a float32 residual stream in a bfloat16 model comes out ready for the next product.
+    """
+
+    def __init__(self, d: int, eps: float = 1e-5) -> None:
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(d))
@@ -25,7 +29,7 @@ class RMSNorm(nn.Module):
         nn.init.ones_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps).to(self.weight.dtype)
 
 
 class ShortConv(nn.Module):

@@ -13,29 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from longscan import registry
+from longscan.mixers._parts import RMSNorm
 from longscan.mixers.base import Mixer
-from longscan.ops.norm import rms_norm
 from longscan.state import State
-
-
-class RMSNorm(nn.Module):
-    """RMSNorm with a weight, from a residual stream to the dtype of the weights.
-
-    Shapes: [..., d]. Precision: statistics in float32; a float32 stream in a bfloat16 model comes
-    out as bfloat16, ready for the next matmul.
-    """
-
-    def __init__(self, d: int, eps: float = 1e-5) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(d))
-
-    def reset_parameters(self) -> None:
-        """Weight one."""
-        nn.init.ones_(self.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps).to(self.weight.dtype)
 
 
 class SwiGLU(nn.Module):

@@ -10,8 +10,15 @@ from torch import Tensor
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     """float64 if any input is, else float32: the precision of states, gates and accumulation."""
-    wide = any(t is not None and t.dtype in (torch.float64, torch.complex128) for t in tensors)
-    return torch.float64 if wide else torch.float32
+    for x in tensors:
+        if x is not None and (x.dtype is torch.float64 or x.dtype is torch.complex128):
+            return torch.float64
+    return torch.float32
+
+
+def cast(dtype: torch.dtype, *tensors: Tensor | None) -> list:
+    """The tensors in `dtype`, None where there is none."""
+    return [x if x is None or x.dtype is dtype else x.to(dtype) for x in tensors]
 
 
 def full_precision(x: Tensor) -> AbstractContextManager:
@@ -29,6 +36,8 @@ def widen(x: Tensor) -> Tensor:
 
 def check_shape(name: str, x: Tensor, expected: tuple[int | None, ...], axes: str) -> None:
     """Raise ValueError unless x has the expected sizes (None: any). `axes` names them."""
+    if x.shape == expected:  # the common case, cheap enough for every decoding step
+        return
     if x.ndim != len(expected) or any(
         e is not None and s != e for s, e in zip(x.shape, expected, strict=False)
     ):
@@ -76,8 +85,10 @@ def check_values(v: Tensor) -> tuple[int, int, int, int]:
 
 def check_keys(q: Tensor, k: Tensor, v: Tensor) -> int:
     """The key size K; raises ValueError unless q and k are [B, T, Hk, K] with Hk dividing H."""
-    check_shape("q", q, (v.shape[0], v.shape[1], None, None), "[B, T, Hk, K]")
-    check_shape("k", k, (v.shape[0], v.shape[1], *q.shape[2:]), "[B, T, Hk, K], as q")
+    if q.ndim != 4 or q.shape[:2] != v.shape[:2]:
+        check_shape("q", q, (v.shape[0], v.shape[1], None, None), "[B, T, Hk, K]")
+    if k.shape != q.shape:
+        check_shape("k", k, tuple(q.shape), "[B, T, Hk, K], as q")
     if v.shape[2] % k.shape[2]:
         raise ValueError(
             f"{k.shape[2]} query/key heads cannot serve {v.shape[2]} value heads: "

@@ -26,7 +26,8 @@ def remembered(x: Tensor, name: str, make: Callable[[], T]) -> T:
     """
     if x.is_inference():  # such tensors do not count their changes
         return make()
-    kept: dict = x.__dict__.setdefault("_longscan", {})
+    kept: dict = getattr(x, "_longscan", None) or {}
+    x._longscan = kept  # type: ignore[attr-defined]
     if name not in kept or kept[name][0] != x._version:
         kept[name] = (x._version, make())
     return kept[name][1]

@@ -11,6 +11,7 @@ from torch import Tensor
 from longscan import algebra
 from longscan.algebra import SegmentMap
 from longscan.ops._check import (
+    cast,
     check_floating,
     check_keys,
     check_log_decay,
@@ -200,9 +201,7 @@ def decay(
     check_state("state", state, (rows, heads, d_key, d_value), "[rows, H, K, V]")
     dtype, out = compute_dtype(q, k, v, log_a, state), v.dtype
     with full_precision(v):
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-        log_a = None if log_a is None else log_a.to(dtype)
-        state = None if state is None else state.to(dtype)
+        q, k, v, log_a, state = cast(dtype, q, k, v, log_a, state)
         run = choose("decay", v, backend, {"reference": decay_reference, "torch": decay_chunked})
         if run is decay_reference:
             o, s = run(q, k, v, log_a, state=state, cu_seqlens=cu_seqlens)
