@@ -48,6 +48,15 @@ def test_extras_tell_installed_from_missing(monkeypatch, capsys):
     assert "missing lightning -> pip install 'longscan[train]'" in capsys.readouterr().out
 
 
+def test_runs_without_an_installation(monkeypatch, capsys):
+    def missing(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "requires", missing)
+    assert doctor.main([]) == 0
+    assert "not installed as a package" in capsys.readouterr().out
+
+
 def test_advice_on_precision_follows_the_measurement(monkeypatch):
     cpu = torch.device("cpu")
     assert doctor.matmul_seconds(cpu, torch.float32, 64) > 0

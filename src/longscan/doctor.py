@@ -73,7 +73,11 @@ def dtype_advice(device: torch.device) -> str:
 def extras() -> dict[str, dict[str, str | None]]:
     """The packages of every extra of longscan, with the version installed or None."""
     found: dict[str, dict[str, str | None]] = {}
-    for requirement in metadata.requires("longscan") or []:
+    try:
+        requirements = metadata.requires("longscan") or []
+    except metadata.PackageNotFoundError:  # run from its source, without an installation
+        requirements = []
+    for requirement in requirements:
         match = re.match(r"([\w.-]+).*extra == ['\"]([\w-]+)['\"]", requirement)
         if match:
             package, extra = match.groups()
@@ -108,7 +112,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{package} {_version(package)}")
 
     print("\nextras")
-    for extra, packages in extras().items():
+    found = extras()
+    if not found:
+        print("  unknown: longscan is not installed as a package here")
+    for extra, packages in found.items():
         missing = [p for p, v in packages.items() if v is None]
         state = "complete" if not missing else f"missing {', '.join(missing)}"
         hint = "" if not missing else f" -> pip install 'longscan[{extra}]'"

@@ -56,7 +56,7 @@ def main(argv: list[str]) -> int:
     add("--run", default="runs/demo", help="folder of the run; an earlier demo there is replaced")
     add("--max-minutes", type=float, default=None, help="of training (default: the recipe's)")
     add("--max-valid-bytes", type=int, default=VALID_BYTES, help="validation text to compare on")
-    add("--prompt", default="def read_lines(path):\n", help="what the sample continues")
+    add("--prompt", default="def read_lines(path):", help="what the sample continues")
     add("--max-new-tokens", type=int, default=200, help="length of the sample")
     args, more = parser.parse_known_args(argv)
 

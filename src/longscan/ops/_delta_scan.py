@@ -19,8 +19,10 @@ from torch import Tensor
 
 from longscan.ops._scores import decay_factors
 
-# Numbers in one [M, N, V] tensor of a block: 256 KB of float32, measured on two CPUs.
-_BLOCK = 1 << 16
+# Numbers in one [M, N, V] tensor of a block. On a CPU 256 KB of float32, measured; other devices
+# want few large launches.
+_BLOCK = {"cpu": 1 << 16}
+_BLOCK_ELSEWHERE = 1 << 26
 
 
 @dataclass
@@ -91,14 +93,16 @@ class _Gate:
         return d_b * math.log(2)
 
 
-def _blocks(counts: list[int], heads: int, size: int) -> Iterator[tuple[slice, list[slice]]]:
-    """Blocks of at least _BLOCK numbers: where they lie among the matrices, and their steps."""
+def _blocks(counts: list[int], v: Tensor) -> Iterator[tuple[slice, list[slice]]]:
+    """Blocks of at least _BLOCK numbers of v: where they lie among the matrices, their steps."""
+    heads, size = v.shape[1], v.shape[2] * v.shape[3]
+    enough = _BLOCK.get(v.device.type, _BLOCK_ELSEWHERE)
     begin = at = 0
     steps: list[slice] = []
     for i, n in enumerate(counts):
         steps.append(slice(at - begin, at - begin + n * heads))
         at += n * heads
-        if (at - begin) * size >= _BLOCK or i == len(counts) - 1:
+        if (at - begin) * size >= enough or i == len(counts) - 1:
             yield slice(begin, at), steps
             begin, steps = at, []
 
@@ -145,7 +149,7 @@ def _forward(
     entering = v.new_empty(m, *state.shape[2:])
     flat = _flat(q, k, b, k_out, scores, lower, end, v, beta)
     eye = torch.eye(n, dtype=v.dtype, device=v.device)
-    for block, steps in _blocks(counts, h, n * d_value):
+    for block, steps in list(_blocks(counts, v)):
         q, k, b, k_out, scores, lower, end, v, beta = _at(block, *flat)
         gate, scores, lower = _terms(q, k, b, scores, lower)
         # Unit lower triangular: the solver reads neither the diagonal nor what is above.
@@ -204,14 +208,13 @@ def _backward(
     counts: list[int],
 ) -> list[Tensor]:
     """Gradients of the tensors given among the inputs of `_forward`, in their order."""
-    h, n, d_value = v.shape[1:]
     inputs = (q, k, b, k_out, scores, lower, end, v, beta)
     grads = [None if x is None else x.new_empty(x.shape) for x in inputs]
     flat, flat_grads = _flat(*inputs), _flat(*grads)
     do = do.contiguous().flatten(0, 1)
     d_state = ds.clone()
     d = d_state.flatten(0, 1)
-    for block, steps in reversed(list(_blocks(counts, h, n * d_value))):
+    for block, steps in reversed(list(_blocks(counts, v))):
         q, k, b, k_out, scores, lower, end, v, beta = _at(block, *flat)
         dq, dk, db, dk_out, d_scores, d_lower, d_end, dv, d_beta = _at(block, *flat_grads)
         inverse, written, enter, d_out = _at(block, inverses, writes, entering, do)

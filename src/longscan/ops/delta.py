@@ -177,7 +177,7 @@ def delta(
     *,
     state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-    chunk: int = 32,
+    chunk: int | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The delta rule: decay the state, then write what it gets wrong; n writes per token.
@@ -190,7 +190,7 @@ def delta(
     n steps per token k, v, beta have a step axis after T: [B, T, n, ...]. Each q/k head serves
     H / Hk consecutive value heads. log_a None, [B, T, H] or [B, T, H, K], natural-log decays <= 0;
     state [B, H, K, V]. cu_seqlens [n + 1] packs sequences on one row (B = 1), the state then has
-    n rows. chunk: rows handled by one set of matrix products.
+    n rows. chunk: rows handled by one set of matrix products; None: 32 on a CPU, 64 elsewhere.
     Precision: states, gates, solves in float32 (float64 for float64 inputs), o in v's dtype.
     Nothing is scaled or normalised: k should have unit length, else the rule may diverge.
     Raises: ValueError, TypeError for shapes, dtypes, gates or cu_seqlens that do not fit.
@@ -231,5 +231,6 @@ def delta(
             o, s = delta_step(q[:, 0], k, v, beta, gate, state)
             o = o.unsqueeze(1)
         else:
+            chunk = chunk or (32 if v.device.type == "cpu" else 64)
             o, s = run(q, k, v, beta, log_a, state=state, cu_seqlens=cu_seqlens, chunk=chunk)
     return o.to(out), s
