@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import assert_close
 
-from longscan.ops.norm import head_rms_norm, l2_norm, rms_norm
+from longscan.ops.norm import gated_rms_norm, head_rms_norm, l2_norm, rms_norm
 
 F64 = torch.float64
 
@@ -41,6 +41,17 @@ def test_l2_norm(scale):
         x,
     )
     assert torch.equal(l2_norm(torch.zeros(2, 4)), torch.zeros(2, 4))
+
+
+def test_gated_rms_norm():
+    x, g, w = torch.randn(3, 2, 8, dtype=F64), torch.randn(3, 2, 8, dtype=F64), torch.ones(8)
+    _same(
+        lambda x, g, w: gated_rms_norm(x, g, w, 1e-2),
+        lambda x, g, w: x / (x.square().mean(-1, keepdim=True) + 1e-2).sqrt() * w * g,
+        x,
+        g,
+        w.double(),
+    )
 
 
 @pytest.mark.parametrize("groups", [1, 2])

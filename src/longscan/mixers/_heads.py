@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from longscan.mixers._parts import RMSNorm, ShortConv
 from longscan.mixers.base import Mixer
 from longscan.ops._check import compute_dtype
+from longscan.ops.norm import gated_rms_norm
 from longscan.state import State
 
 GATES: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "sigmoid": F.sigmoid}
@@ -53,6 +54,8 @@ class HeadMixer(Mixer):
             raise ValueError(
                 f"n_value_heads ({n_value_heads}) must be a multiple of n_heads ({n_heads})"
             )
+        if gate is not None and norm_eps is None:
+            raise ValueError("a gated output is normalised first: give norm_eps as well")
         if gate is not None and gate not in GATES:
             raise ValueError(f"gate must be None, {' or '.join(GATES)}; got {gate!r}")
         self.d_model, self.steps = d_model, steps
@@ -148,9 +151,10 @@ class HeadMixer(Mixer):
             state,
             cu_seqlens,
         )
-        if self.norm is not None:
+        if self._gate is not None and self.norm is not None:
+            gate = self._gate(g if self.gate_proj is None else self.gate_proj(g))
+            gate = self._heads(gate, self.d_value)
+            o = gated_rms_norm(o, gate, self.norm.weight, self.norm.eps)
+        elif self.norm is not None:
             o = self.norm(o)
-        o = o.flatten(-2)
-        if self._gate is not None:
-            o = o * self._gate(g if self.gate_proj is None else self.gate_proj(g))
-        return self.out_proj(o.to(x.dtype)), State(carried, **recurrent)
+        return self.out_proj(o.flatten(-2).to(x.dtype)), State(carried, **recurrent)

@@ -52,9 +52,11 @@ def conv_step(
 
 
 def _blocks(x: Tensor):
-    """Spans of time, measured: about 2^17 numbers, and work for all threads."""
-    size = max(2**17, 2**15 * torch.get_num_threads()) // (x.shape[0] * x.shape[2])
-    size = max(size, 16)
+    """Spans of time: on a CPU about 2^17 numbers, measured, and work for all threads; other
+    devices want few large launches, of at most 2^24 numbers for the sake of memory."""
+    on_cpu = x.device.type == "cpu"
+    numbers = max(2**17, 2**15 * torch.get_num_threads()) if on_cpu else 2**24
+    size = max(16, numbers // (x.shape[0] * x.shape[2]))
     return ((t, min(t + size, x.shape[1])) for t in range(0, x.shape[1], size))
 
 

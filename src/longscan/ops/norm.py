@@ -58,6 +58,17 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-5) -> Tens
     return _normalise(x, weight, eps)
 
 
+def gated_rms_norm(
+    x: Tensor, gate: Tensor, weight: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    """RMSNorm of x times a gate that is already activated: rms_norm(x) * gate.
+
+    Shapes: x, gate [..., D]; weight [D] or None. Precision: as `rms_norm`.
+    Differs: Mamba-2 normalises the product instead; that is rms_norm(x * gate).
+    """
+    return rms_norm(x, weight, eps) * gate.to(x.dtype)
+
+
 def l2_norm(x: Tensor, eps: float = 1e-6, scale: float = 1.0) -> Tensor:
     """Scale vectors of the last axis to length `scale`.
 
@@ -81,4 +92,4 @@ def head_rms_norm(x: Tensor, weight: Tensor | None, n_groups: int, eps: float = 
     return y if weight is None else (y * weight.to(compute_dtype(x))).to(x.dtype)
 
 
-__all__ = ["head_rms_norm", "l2_norm", "rms_norm"]
+__all__ = ["gated_rms_norm", "head_rms_norm", "l2_norm", "rms_norm"]
