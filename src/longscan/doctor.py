@@ -9,6 +9,7 @@ import re
 import statistics
 import time
 from importlib import metadata
+from pathlib import Path
 
 import torch
 
@@ -24,6 +25,14 @@ def devices() -> list[torch.device]:
     return found
 
 
+def cpu_name() -> str:
+    """The processor's model in words: Linux's, or else the platform's own."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    models = (x.split(":", 1)[1].strip() for x in lines if x.startswith("model name"))
+    return next(models, platform.processor() or platform.machine())
+
+
 def describe(device: torch.device) -> str:
     """A device in words."""
     if device.type == "cuda":
@@ -31,14 +40,8 @@ def describe(device: torch.device) -> str:
         return f"{p.name}, {p.total_memory / 2**30:.0f} GiB, compute capability {p.major}.{p.minor}"
     if device.type == "mps":
         return f"Apple GPU ({platform.processor()})"
-    name = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as f:
-            name = next((x.split(":", 1)[1].strip() for x in f if x.startswith("model name")), name)
-    except OSError:
-        pass  # not Linux: the platform's own word stands
     vector = torch.backends.cpu.get_cpu_capability()
-    return f"{name}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads used, {vector}"
+    return f"{cpu_name()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads used, {vector}"
 
 
 def matmul_seconds(device: torch.device, dtype: torch.dtype, n: int) -> float:

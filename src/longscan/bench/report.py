@@ -17,6 +17,7 @@ import torch
 
 from longscan import __version__
 from longscan.bench.measure import Timing, digits, method
+from longscan.doctor import cpu_name
 from longscan.io import save_text
 
 # How many times faster than the peer each call should be, by row and mode.
@@ -155,18 +156,6 @@ def version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return ""
-
-
-def cpu_name() -> str:
-    """The processor's model in words."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as f:
-            for line in f:
-                if line.startswith("model name"):
-                    return line.split(":", 1)[1].strip()
-    except FileNotFoundError:
-        pass  # not Linux: the platform's own word stands
-    return platform.processor() or platform.machine()
 
 
 def commit() -> str:

@@ -123,7 +123,7 @@ class HeadMixer(Mixer):
         Shapes: q [B, T, n_heads, d_key]; k, v likewise, with a step axis after T if steps > 1;
         state: the mixer's; returns o [B, T, n_value_heads, d_value] and the new state's tensors.
         """
-        raise NotImplementedError  # abstract
+        raise NotImplementedError(f"{type(self).__name__} is abstract")
 
     def _heads(self, x: Tensor, d: int) -> Tensor:
         return x.unflatten(-1, (-1, d))

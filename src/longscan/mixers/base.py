@@ -31,16 +31,16 @@ class Mixer(nn.Module):
 
     def init_state(self, batch: int) -> State:
         """The state before the first token, explicitly. Passing None to forward is the same."""
-        raise NotImplementedError  # abstract
+        raise NotImplementedError(f"{type(self).__name__} is abstract")
 
     def reset_parameters(self) -> None:
         """Initialise all parameters as the paper's code does."""
-        raise NotImplementedError  # abstract
+        raise NotImplementedError(f"{type(self).__name__} is abstract")
 
     def forward(
         self, x: Tensor, state: State | None = None, *, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, State]:
-        raise NotImplementedError  # abstract
+        raise NotImplementedError(f"{type(self).__name__} is abstract")
 
     def _check_input(self, x: Tensor) -> None:
         if x.ndim != 3 or x.shape[-1] != self.d_model or x.shape[1] == 0:
