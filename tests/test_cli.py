@@ -150,6 +150,9 @@ def test_eval_prints_what_the_library_measures(run_folder, capsys):
     assert f"perplexity     {expected.perplexity:.3f}" in out
     assert f"bits per byte  {expected.bits_per_byte:.4f}" in out
     assert f"{expected.n_bytes:,} bytes" in out
+    # Without --split, all of what --data names.
+    assert main(["eval", str(run_folder), "--data", str(text)]) == 0
+    assert f" {len(text.read_bytes()):,} bytes" in capsys.readouterr().out
     # Without --data, the run's own text.
     assert main(["eval", str(run_folder), "--split", "test"]) == 0
     assert f"bits per byte  {expected.bits_per_byte:.4f}" in capsys.readouterr().out

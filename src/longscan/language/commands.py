@@ -91,7 +91,11 @@ def eval_main(argv: list[str]) -> int:
     add("run", help="folder of a run")
     add("--data", default=None, help="text file, folder, .jsonl or .parquet (default: the run's)")
     add("--text-field", default="text", help="the field of JSONL or Parquet records with the text")
-    add("--split", default="valid", choices=["train", "valid", "test", "all"])
+    add(
+        "--split",
+        choices=["train", "valid", "test", "all"],
+        help="default: valid of the run's own data, all of what --data names",
+    )
     add("--max-bytes", type=int, default=None, help="use the first documents up to this size")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     args = parser.parse_args(argv)
@@ -101,10 +105,11 @@ def eval_main(argv: list[str]) -> int:
 
     model, tokenizer = open_run(args.run, args.device)
     path, field = args.data, args.text_field
+    split = args.split or ("valid" if path is None else "all")
     if path is None:
         path, field = _data_of(Path(args.run))
     corpus = open_corpus(path, field)
-    first = first_documents(corpus.documents(args.split), args.max_bytes)
+    first = first_documents(corpus.documents(split), args.max_bytes)
     live = sys.stderr.isatty()
 
     def show(p: Any) -> None:
@@ -114,7 +119,7 @@ def eval_main(argv: list[str]) -> int:
     result = evaluate(model, tokenizer, first, progress=show if live else None)
     if live:
         print("\r" + " " * 70 + "\r", end="", file=sys.stderr, flush=True)
-    print(f"{corpus.source}, {args.split} split, {result.n_documents:,} documents")
+    print(f"{corpus.source}, {split} split, {result.n_documents:,} documents")
     print(f"loss           {result.loss:.4f} nats per token")
     print(f"perplexity     {result.perplexity:.3f} per token")
     print(f"bits per byte  {result.bits_per_byte:.4f}")

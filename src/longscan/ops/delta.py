@@ -227,7 +227,8 @@ def delta(
             if state is None:
                 state = v.new_zeros(batch, heads, d_key, d_value)
             gate = None if log_a is None else log_a[:, 0]
-            k, v, beta = (x[:, 0] for x in _with_steps(k, v, beta))
+            if steps:  # else the time axis of one token stands for the axis of its one step
+                k, v, beta = k[:, 0], v[:, 0], beta[:, 0]
             o, s = delta_step(q[:, 0], k, v, beta, gate, state)
             o = o.unsqueeze(1)
         else:
