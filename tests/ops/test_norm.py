@@ -65,6 +65,12 @@ def test_head_rms_norm(groups):
     _same(lambda x, w: head_rms_norm(x, w, groups), formula, x, w)
 
 
+def test_second_derivatives():
+    x, w = torch.randn(2, 3, dtype=F64), torch.randn(3, dtype=F64)
+    inputs = [t.requires_grad_() for t in (x, w)]
+    assert torch.autograd.gradgradcheck(lambda x, w: rms_norm(x, w, 1e-2), inputs)
+
+
 def test_precision():
     """Statistics in float32: large bfloat16 values neither overflow nor lose the mean."""
     x = (torch.randn(5, 64) * 1e15).to(torch.bfloat16)

@@ -18,14 +18,15 @@ class _Normalise(torch.autograd.Function):
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         rstd = norm.square_().mul_(1 / x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, rstd)
-        ctx.scale = scale
+        ctx.eps, ctx.scale = eps, scale
         y = x * (rstd * scale)
         return y if weight is None else y.mul_(weight)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, g: Tensor):
         x, weight, rstd = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a second derivative goes through rstd as well
+            rstd = (x.square().mean(-1, True) + ctx.eps).rsqrt()
         scaled = rstd * ctx.scale
         d_weight = None
         if weight is not None:
