@@ -17,6 +17,7 @@ from longscan.bench.report import Result
 
 
 def parser() -> argparse.ArgumentParser:
+    """The options of `longscan bench cpu`."""
     p = argparse.ArgumentParser(
         prog="longscan bench cpu",
         description="Time our layers and their peers side by side on the CPU: one process, equal "
