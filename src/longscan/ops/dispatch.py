@@ -13,7 +13,7 @@ from torch import Tensor
 
 from longscan.ops._layout import check_cu_seqlens
 
-OPS = ("decay", "delta", "selective", "attention", "conv")
+OPS = ("decay", "delta", "selective", "lti", "mlstm", "slstm", "dplr", "wkv", "attention", "conv")
 BACKENDS = ("reference", "torch")
 
 
