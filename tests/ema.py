@@ -19,7 +19,7 @@ class MovingAverage(Mixer):
 
     keep_float32 = ("rate",)
     no_weight_decay = ("table",)
-    lr_scale = {"rate": 0.1}  # noqa: RUF012
+    lr_limit = {"rate": 3e-4}  # noqa: RUF012
 
     def __init__(self, d_model: int, *, slowest: float = 64.0) -> None:
         super().__init__()

@@ -21,11 +21,12 @@ from longscan.io import SaveError
 from longscan.language import callbacks
 from longscan.language.callbacks import AtomicCheckpointIO, RunKeeper
 from longscan.language.data import LanguageData
-from longscan.language.metrics import MetricsFile, duration, plot_losses, read_metrics
+from longscan.language.metrics import MetricsFile, plot_losses, read_metrics
 from longscan.language.task import LanguageTask, OptimOptions, lr_factor
 from longscan.language.tokenizer import load_tokenizer
 from longscan.language.train import main, parse, precision_for, recipes, train
 from longscan.models import LanguageModel, LanguageModelConfig
+from longscan.progress import duration
 
 
 @pytest.fixture(scope="module")

@@ -47,13 +47,38 @@ def test_json_round_trip():
         n_layers=3,
         pattern="ema*2,mamba2",
         mixers={"mamba2": {"dt_limit": (0.0, float("inf"))}},
-        mlp="swiglu",
+        mlp="gated",
         d_ff=48,
+        activation="gelu",
+        norm="layer",
+        norm_bias=False,
         norm_eps=1e-6,
+        embedding_norm=True,
+        dropout=0.25,
         tie_embeddings=False,
+        logit_cap=30.0,
     )
     assert LanguageModelConfig.from_json(config.to_json()) == config
+    defaults = LanguageModelConfig(300)
+    changed = {k for k, v in config.to_dict().items() if v != getattr(defaults, k)}
+    assert changed == set(config.to_dict()) - {
+        "vocab_size",
+        "pad_vocab_multiple",
+        "checkpoint_blocks",
+    }
     assert config.layers == ("ema", "ema", "mamba2")
+
+
+def test_a_file_of_the_first_version_still_loads():
+    first = {
+        "vocab_size": 300, "d_model": 32, "n_layers": 2, "pattern": "ema", "mixers": {},
+        "mlp": "swiglu", "d_ff": None, "norm_eps": 1e-5, "tie_embeddings": True,
+        "pad_vocab_multiple": 8, "checkpoint_blocks": False,
+    }  # fmt: skip
+    config = LanguageModelConfig.from_dict(first)
+    assert config == LanguageModelConfig(300, d_model=32, n_layers=2, pattern="ema", mlp="gated")
+    with pytest.raises(ValueError, match="needs vocab_size"):
+        LanguageModelConfig.from_dict({"d_model": 32})
 
 
 @pytest.mark.parametrize(
@@ -63,7 +88,11 @@ def test_json_round_trip():
         ({"d_model": 2.5}, "d_model"),
         ({"n_layers": True}, "n_layers"),
         ({"d_ff": -1}, "d_ff"),
-        ({"mlp": "gelu"}, "auto, swiglu or none"),
+        ({"mlp": "gelu"}, "auto, gated or none"),
+        ({"activation": "relu"}, "silu or gelu"),
+        ({"norm": "batch"}, "rms or layer"),
+        ({"dropout": 1.0}, "probability"),
+        ({"logit_cap": 0}, "logit_cap"),
         ({"norm_eps": 0.0}, "norm_eps"),
         ({"mixers": {"mamba2": {}}}, "does not use"),
         ({"mixers": {"emma": {}}}, "did you mean ema"),
@@ -99,5 +128,5 @@ def test_widths():
 def test_mlp_follows_the_architecture_unless_told():
     config = LanguageModelConfig(257, pattern="ema,gated_deltanet")
     assert (config.has_mlp("ema"), config.has_mlp("gated_deltanet")) == (False, True)
-    assert config.replace(mlp="swiglu").has_mlp("ema")
+    assert config.replace(mlp="gated").has_mlp("ema")
     assert not config.replace(mlp="none").has_mlp("gated_deltanet")

@@ -20,19 +20,22 @@ def case(n=23, d=7, v=13, dtype=torch.float64, ignored=5, seed=0):
     return h, w, t
 
 
-def whole(h, w, t, reduction, n_classes=None):
-    return F.cross_entropy((h @ w.T)[:, :n_classes], t, reduction=reduction)
+def whole(h, w, t, reduction, n_classes=None, cap=None):
+    logits = h @ w.T
+    logits = logits if cap is None else cap * torch.tanh(logits / cap)
+    return F.cross_entropy(logits[:, :n_classes], t, reduction=reduction)
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
-@pytest.mark.parametrize("n_classes", [None, 11])
-def test_value_and_gradients_are_those_of_cross_entropy(reduction, n_classes):
+@pytest.mark.parametrize(("n_classes", "cap"), [(None, None), (11, None), (None, 2.5), (11, 0.7)])
+def test_value_and_gradients_are_those_of_cross_entropy(reduction, n_classes, cap):
     h, w, t = case()
     t = t.where(t < (n_classes or 13), 0)
     g = torch.linspace(-1, 2, len(t), dtype=torch.float64) if reduction == "none" else 1.7
     for chunk in (1, 4, 23, 1000):
-        ours = linear_cross_entropy(h, w, t, reduction=reduction, n_classes=n_classes, chunk=chunk)
-        theirs = whole(h, w, t, reduction, n_classes)
+        options = {"reduction": reduction, "n_classes": n_classes, "logit_cap": cap}
+        ours = linear_cross_entropy(h, w, t, **options, chunk=chunk)
+        theirs = whole(h, w, t, reduction, n_classes, cap)
         torch.testing.assert_close(ours, theirs, rtol=1e-13, atol=1e-13)
         got = torch.autograd.grad((ours * g).sum(), (h, w))
         want = torch.autograd.grad((theirs * g).sum(), (h, w))
@@ -50,10 +53,13 @@ def test_any_shape(n, d, v, chunk, data):
     torch.testing.assert_close(ours, whole(h, w, t, "sum"), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("cap", [None, 1.5])
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
-def test_gradcheck(reduction):
+def test_gradcheck(reduction, cap):
     h, w, t = case(6, 3, 5, ignored=2)
-    f = lambda h, w: linear_cross_entropy(h, w, t, reduction=reduction, chunk=4)  # noqa: E731
+    f = lambda h, w: linear_cross_entropy(  # noqa: E731
+        h, w, t, reduction=reduction, logit_cap=cap, chunk=4
+    )
     assert torch.autograd.gradcheck(f, (h, w))
 
 
@@ -87,20 +93,31 @@ def test_huge_logits_stay_finite():
     assert h.grad.isfinite().all()
 
 
+def test_capped_logits_far_outside_the_cap():
+    """tanh is 1 to the last digit there: the loss is bounded, and nothing is left to learn."""
+    h, w, t = case(dtype=torch.float32, ignored=0)
+    loss = linear_cross_entropy(h * 1e4, w * 1e4, t, reduction="none", logit_cap=5.0)
+    assert loss.max() <= 10 + math.log(13)
+    loss.sum().backward()
+    assert h.grad.isfinite().all()
+    assert h.grad.abs().max() < 1e-3
+
+
 def test_ignore_index_may_be_any_number():
     h, w, t = case(ignored=0)
     want = F.cross_entropy(h @ w.T, t, ignore_index=3)
     torch.testing.assert_close(linear_cross_entropy(h, w, t, ignore_index=3), want)
 
 
+@pytest.mark.parametrize("cap", [None, 3.0])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_half_precision_weights_lose_no_more_than_their_own_rounding(reduction):
+def test_half_precision_weights_lose_no_more_than_their_own_rounding(reduction, cap):
     h, w, t = case(dtype=torch.float32)
     hb, wb = h.detach().bfloat16().requires_grad_(), w.detach().bfloat16().requires_grad_()
-    loss = linear_cross_entropy(hb, wb, t, reduction=reduction, chunk=8)
+    loss = linear_cross_entropy(hb, wb, t, reduction=reduction, logit_cap=cap, chunk=8)
     assert loss.dtype == torch.float32
     exact_h, exact_w = (x.detach().double().requires_grad_() for x in (hb, wb))
-    exact = whole(exact_h, exact_w, t, reduction)
+    exact = whole(exact_h, exact_w, t, reduction, cap=cap)
     torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=1e-5)
     got = torch.autograd.grad(loss.sum(), (hb, wb))
     want = torch.autograd.grad(exact.sum(), (exact_h, exact_w))
@@ -189,6 +206,8 @@ def test_bad_options():
         ({"reduction": "max"}, "reduction"),
         ({"n_classes": 14}, "n_classes"),
         ({"chunk": 0}, "chunk"),
+        ({"logit_cap": 0.0}, "logit_cap"),
+        ({"logit_cap": math.inf}, "logit_cap"),
     ):
         with pytest.raises(ValueError, match=words):
             linear_cross_entropy(h, w, t, **options)

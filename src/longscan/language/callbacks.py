@@ -19,8 +19,9 @@ from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from torch import Tensor
 
 from longscan.io import write_atomically
-from longscan.language.metrics import MetricsFile, ProgressLine, duration, plot_losses
+from longscan.language.metrics import MetricsFile, plot_losses
 from longscan.language.task import LanguageTask
+from longscan.progress import ProgressLine, duration
 
 
 class AtomicCheckpointIO(CheckpointIO):

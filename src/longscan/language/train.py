@@ -21,9 +21,9 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from longscan.io import save_text
 from longscan.language.callbacks import AtomicCheckpointIO, RunKeeper, RunOptions
 from longscan.language.data import LanguageData
-from longscan.language.metrics import duration
 from longscan.language.task import LanguageTask, OptimOptions
 from longscan.models import LanguageModel, LanguageModelConfig, preset
+from longscan.progress import duration
 
 # What a run leaves in its folder.
 RUN_FILES = (
@@ -197,7 +197,9 @@ def check_resumable(run: Path, options: dict[str, Any]) -> None:
     Raises: ValueError naming what differs.
     """
     before = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    changed = _differences(before["model"], options["model"])
+    # A setting that an older run did not know has its default.
+    defaults = LanguageModelConfig(vocab_size=1).to_dict()
+    changed = _differences({**defaults, **before["model"]}, {**defaults, **options["model"]})
     if changed:
         raise ValueError(
             f"{run} holds a model of another architecture: {'; '.join(changed)}. "

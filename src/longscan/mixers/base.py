@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import ClassVar
 
 import torch
@@ -22,10 +24,15 @@ class Mixer(nn.Module):
 
     keep_float32: parameters that stay float32 after `.to(bfloat16)` or `.half()`.
     no_weight_decay: parameters that must not be decayed, beyond those with fewer than two axes.
+    lr_limit: parameter -> the largest learning rate it may get, whatever the model's is.
+    shares_value: True if the mixer has `mix(..., first=) -> (y, state, first)`, where `first` is
+    what the first such mixer of a model made of the same tokens (RWKV-7's value residual).
     """
 
     keep_float32: ClassVar[tuple[str, ...]] = ()
     no_weight_decay: ClassVar[tuple[str, ...]] = ()
+    shares_value: ClassVar[bool] = False
+    lr_limit: Mapping[str, float] = MappingProxyType({})
 
     d_model: int
 

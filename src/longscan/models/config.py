@@ -1,13 +1,14 @@
-"""What a language model is made of, as plain data."""
+"""What a model is made of, as plain data."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
 import json
+import math
 import re
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Any, Self
 
 from longscan import registry
 
@@ -44,51 +45,58 @@ def parse_pattern(pattern: str, n_layers: int) -> tuple[str, ...]:
     return tuple(names[i % len(names)] for i in range(n_layers))
 
 
-@dataclass(frozen=True)
-class LanguageModelConfig:
-    """Sizes and parts of a LanguageModel.
+@dataclass(frozen=True, kw_only=True)
+class StackConfig:
+    """Sizes and parts of a Stack: what every model has between its input and its head.
 
     Args:
-        vocab_size: number of token ids.
         d_model: width of the residual stream.
         n_layers: number of blocks.
         pattern: mixers of the blocks, "gated_deltanet*3,gated_attention"; cycled to n_layers.
         mixers: settings of the mixers by name, {"gated_attention": {"n_heads": 8}}.
-        mlp: auto (each architecture's own block) | swiglu (after every mixer) | none.
+        mlp: auto (each architecture's own block) | gated (a gated MLP after every mixer) | none.
         d_ff: hidden width of the MLP; None: int(8/3 d_model) rounded up to a multiple of 64.
-        norm_eps: added to the mean square in the block and final norms.
-        tie_embeddings: the head is the embedding table.
-        pad_vocab_multiple: rows of the tables are padded up to a multiple of this, for speed; the
-            padding never takes part in a loss or a prediction.
+        activation: of the MLP's gate: silu (SwiGLU) | gelu (the exact one, GEGLU).
+        norm: of blocks and stream: rms (RMSNorm) | layer (LayerNorm).
+        norm_bias: LayerNorms have a bias.
+        norm_eps: added to the mean square or variance in these norms.
+        embedding_norm: a norm of the same kind before the first block, as in RWKV.
+        dropout: probability of zeroing a number that a residual branch adds, while training.
         checkpoint_blocks: while training keep only the input of each block and compute the rest
             anew in backward; slower by a forward pass, far less memory.
 
     Raises: ValueError saying which field is wrong.
     """
 
-    vocab_size: int
     d_model: int = 256
     n_layers: int = 4
     pattern: str = "gated_deltanet"
     mixers: dict[str, dict[str, Any]] = field(default_factory=dict)
     mlp: str = "auto"
     d_ff: int | None = None
+    activation: str = "silu"
+    norm: str = "rms"
+    norm_bias: bool = True
     norm_eps: float = 1e-5
-    tie_embeddings: bool = True
-    pad_vocab_multiple: int = 8
+    embedding_norm: bool = False
+    dropout: float = 0.0
     checkpoint_blocks: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "d_model", "n_layers", "pad_vocab_multiple", "d_ff"):
-            value = getattr(self, name)
-            if name == "d_ff" and value is None:
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be a whole number from 1 on, not {value!r}")
-        if self.mlp not in ("auto", "swiglu", "none"):
-            raise ValueError(f"mlp must be auto, swiglu or none, not {self.mlp!r}")
+        for name in ("d_model", "n_layers", "d_ff"):
+            self._check_count(name, optional=name == "d_ff")
+        if self.mlp == "swiglu":  # the word of earlier files, from when there was one activation
+            object.__setattr__(self, "mlp", "gated")
+        for name, choices in (
+            ("mlp", ("auto", "gated", "none")),
+            ("activation", ("silu", "gelu")),
+            ("norm", ("rms", "layer")),
+        ):
+            self._check_choice(name, choices)
         if not self.norm_eps > 0:
             raise ValueError(f"norm_eps must be above 0, not {self.norm_eps}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be a probability from 0 to below 1, not {self.dropout}")
         if not isinstance(self.mixers, dict) or not all(
             isinstance(v, dict) for v in self.mixers.values()
         ):
@@ -108,6 +116,19 @@ class LanguageModelConfig:
                     "does not use"
                 )
 
+    def _check_count(self, name: str, *, optional: bool = False) -> None:
+        value = getattr(self, name)
+        if optional and value is None:
+            return
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} must be a whole number from 1 on, not {value!r}")
+
+    def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
+        value = getattr(self, name)
+        if value not in choices:
+            words = f"{', '.join(choices[:-1])} or {choices[-1]}"
+            raise ValueError(f"{name} must be {words}, not {value!r}")
+
     @property
     def layers(self) -> tuple[str, ...]:
         """The mixer name of each block."""
@@ -115,24 +136,16 @@ class LanguageModelConfig:
 
     def has_mlp(self, mixer: str) -> bool:
         """Whether a block with this mixer has an MLP behind it."""
-        return registry.entry(mixer).mlp if self.mlp == "auto" else self.mlp == "swiglu"
+        return registry.entry(mixer).mlp if self.mlp == "auto" else self.mlp == "gated"
 
     @property
     def ff_width(self) -> int:
         """The hidden width of the MLPs."""
         return self.d_ff or -(-(self.d_model * 8 // 3) // 64) * 64
 
-    @property
-    def vocab_rows(self) -> int:
-        """Rows of the embedding table, padding included."""
-        return -(-self.vocab_size // self.pad_vocab_multiple) * self.pad_vocab_multiple
-
-    def replace(self, **changes: Any) -> LanguageModelConfig:
-        """A copy with some fields changed.
-
-        Raises: ValueError for an unknown field, naming the nearest.
-        """
-        _check_fields(changes)
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields changed."""
+        self._check_fields(changes)
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
@@ -140,14 +153,16 @@ class LanguageModelConfig:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> LanguageModelConfig:
-        """The inverse of `to_dict`.
+    def from_dict(cls, data: dict[str, Any]) -> Self:
+        """The inverse of `to_dict`; fields left out have their defaults.
 
         Raises: ValueError for unknown or missing fields.
         """
-        _check_fields(data)
-        if "vocab_size" not in data:
-            raise ValueError("a LanguageModelConfig needs vocab_size")
+        cls._check_fields(data)
+        for f in dataclasses.fields(cls):
+            optional = (f.default, f.default_factory) != (dataclasses.MISSING, dataclasses.MISSING)
+            if not optional and f.name not in data:
+                raise ValueError(f"a {cls.__name__} needs {f.name}")
         return cls(**data)
 
     def to_json(self) -> str:
@@ -155,18 +170,52 @@ class LanguageModelConfig:
         return json.dumps(self.to_dict(), indent=2)
 
     @classmethod
-    def from_json(cls, text: str) -> LanguageModelConfig:
+    def from_json(cls, text: str) -> Self:
         """The inverse of `to_json`."""
         return cls.from_dict(json.loads(text))
 
+    @classmethod
+    def _check_fields(cls, data: dict[str, Any]) -> None:
+        known = [f.name for f in dataclasses.fields(cls)]
+        for name in data:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+                hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+                raise ValueError(f"a {cls.__name__} has no setting {name!r}; {hint}")
 
-def _check_fields(data: dict[str, Any]) -> None:
-    known = [f.name for f in dataclasses.fields(LanguageModelConfig)]
-    for name in data:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
-            raise ValueError(f"a language model has no setting {name!r}; {hint}")
+
+@dataclass(frozen=True)
+class LanguageModelConfig(StackConfig):
+    """Sizes and parts of a LanguageModel: those of a StackConfig, and of its two tables.
+
+    Args:
+        vocab_size: number of token ids.
+        tie_embeddings: the head is the embedding table.
+        pad_vocab_multiple: rows of the tables are padded up to a multiple of this, for speed; the
+            padding never takes part in a loss or a prediction.
+        logit_cap: logits are bent into (-cap, cap), by cap tanh(logits / cap); None: left as
+            they are.
+
+    Raises: ValueError saying which field is wrong.
+    """
+
+    vocab_size: int
+    _: KW_ONLY
+    tie_embeddings: bool = True
+    pad_vocab_multiple: int = 8
+    logit_cap: float | None = None
+
+    def __post_init__(self) -> None:
+        self._check_count("vocab_size")
+        self._check_count("pad_vocab_multiple")
+        if self.logit_cap is not None and not 0 < self.logit_cap < math.inf:
+            raise ValueError(f"logit_cap must be a number above 0, or None, not {self.logit_cap}")
+        super().__post_init__()
+
+    @property
+    def vocab_rows(self) -> int:
+        """Rows of the embedding table, padding included."""
+        return -(-self.vocab_size // self.pad_vocab_multiple) * self.pad_vocab_multiple
 
 
-__all__ = ["LanguageModelConfig", "parse_pattern"]
+__all__ = ["LanguageModelConfig", "StackConfig", "parse_pattern"]

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
-from longscan.mixers.base import Mixer
-from longscan.models.block import Block, RMSNorm, build_mixer
-from longscan.models.checkpoint import load_weights, read_config, read_weights, save_checkpoint
 from longscan.models.config import LanguageModelConfig
+from longscan.models.stack import Stack, check_ids
 from longscan.ops.loss import linear_cross_entropy
 from longscan.state import State
 
-ARCHITECTURE = "longscan.LanguageModel"
 
-
-class LanguageModel(nn.Module):
+class LanguageModel(Stack):
     """Embedding, blocks, final norm, head.
 
         x = embedding[ids];  x = block_i(x) for each block;  logits = norm(x) @ head^T
@@ -30,51 +24,30 @@ class LanguageModel(nn.Module):
 
     Shapes: ids [B, T] int64; logits [B, T, vocab_size]; or one row B = 1 of n packed sequences
     with cu_seqlens [n + 1], and then states have n rows.
-    Precision: the residual stream is float32 (float64 in a float64 model) whatever the weights;
-    `.to(dtype)` leaves a mixer's `keep_float32` parameters in float32.
-    Initialisation: embeddings, and an untied head, N(0, 0.02); mixers and MLPs by their own rules;
-    the last projection of every residual branch is divided by the root of the number of branches
-    (as in GPT-2 and Mamba), so that the stream keeps its scale however deep the model is.
+    Precision, initialisation of the blocks: as Stack. Embeddings, and an untied head, N(0, 0.02).
     Raises: ValueError, TypeError for ids out of range, wrong shapes, a state of another model.
     """
 
-    def __init__(self, config: LanguageModelConfig) -> None:
-        super().__init__()
-        self.config = config
-        c = config
-        self.embedding = nn.Embedding(c.vocab_rows, c.d_model)
-        self.blocks = nn.ModuleList(
-            Block(
-                build_mixer(name, c.d_model, c.mixers.get(name, {})),
-                c.d_model,
-                c.ff_width if c.has_mlp(name) else None,
-                c.norm_eps,
-            )
-            for name in c.layers
-        )
-        self.norm = RMSNorm(c.d_model, c.norm_eps)
-        self.head = None if c.tie_embeddings else nn.Linear(c.d_model, c.vocab_rows, bias=False)
-        self._finish_init()
+    architecture: ClassVar[str] = "longscan.LanguageModel"
+    config_class = LanguageModelConfig
+    config: LanguageModelConfig
+    embedding: nn.Embedding
 
-    def _finish_init(self) -> None:
-        """What remains when every part has been initialised by itself."""
+    def __init__(self, config: LanguageModelConfig) -> None:
+        c = config
+        super().__init__(c, entry={"embedding": nn.Embedding(c.vocab_rows, c.d_model)})
+        self.head = None if c.tie_embeddings else nn.Linear(c.d_model, c.vocab_rows, bias=False)
+        self._init_tables()
+
+    def _init_tables(self) -> None:
         for table in (self.embedding, self.head):
             if table is not None:
                 nn.init.normal_(table.weight, std=0.02)
-        branches = sum(block.n_residuals for block in self._blocks)
-        for block in self._blocks:
-            block.scale_outputs(branches**-0.5)
 
     def reset_parameters(self) -> None:
         """All parameters anew, as a fresh model has them."""
-        for block in self._blocks:
-            block.reset_parameters()
-        self.norm.reset_parameters()
-        self._finish_init()
-
-    @property
-    def _blocks(self) -> list[Block]:
-        return list(self.blocks)  # type: ignore[arg-type]
+        super().reset_parameters()
+        self._init_tables()
 
     @property
     def head_weight(self) -> Tensor:
@@ -89,53 +62,18 @@ class LanguageModel(nn.Module):
             total -= sum(t.weight.numel() for t in tables if t is not None)
         return total
 
-    def init_state(self, batch: int) -> State:
-        """The state before the first token; passing None is the same."""
-        return State({str(i): b.mixer.init_state(batch) for i, b in enumerate(self._blocks)})
-
-    def _check(self, ids: Tensor, state: State | None) -> None:
-        if ids.ndim != 2 or ids.numel() == 0:
-            raise ValueError(
-                f"ids must have shape [batch, time], both at least 1, not {list(ids.shape)}"
-            )
-        if ids.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"ids must be int64, got {ids.dtype}")
-        if ids.device.type == "cpu" and not torch.compiler.is_compiling():
-            low, high = (int(v) for v in torch.aminmax(ids))
-            if low < 0 or high >= self.config.vocab_size:
-                raise ValueError(
-                    f"ids lie in {low}..{high}, outside 0..{self.config.vocab_size - 1}; "
-                    "the model's vocab_size must be the tokenizer's"
-                )
-        if state is not None and list(state) != [str(i) for i in range(len(self.blocks))]:
-            raise ValueError(
-                f"the state has entries {list(state)}, but this model has {len(self.blocks)} "
-                'blocks "0", "1", ...; a state belongs to the model that returned it'
-            )
-
     def hidden(
         self, ids: Tensor, state: State | None = None, *, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, State]:
         """Hidden states [B, T, d_model] after the final norm, and the state."""
-        self._check(ids, state)
-        if cu_seqlens is not None and not torch.compiler.is_compiling():
-            cu_seqlens = _ordinary(cu_seqlens)
-        x = self.embedding(ids)
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        again = self.config.checkpoint_blocks and self.training and torch.is_grad_enabled()
-        carried = {}
-        for i, block in enumerate(self.blocks):
-            s = None if state is None else state.child(str(i))
-            if again:
-                x, s = checkpoint(block, x, s, cu_seqlens=cu_seqlens, use_reentrant=False)
-            else:
-                x, s = block(x, s, cu_seqlens=cu_seqlens)
-            carried[str(i)] = s
-        return self.norm(x), State(carried)
+        check_ids(ids, self.config.vocab_size)
+        return self.features(self.embedding(ids), state, cu_seqlens=cu_seqlens)
 
     def logits(self, h: Tensor) -> Tensor:
         """Logits [..., vocab_size] of hidden states [..., d_model]."""
-        return F.linear(h, self.head_weight)[..., : self.config.vocab_size]
+        logits = F.linear(h, self.head_weight)[..., : self.config.vocab_size]
+        cap = self.config.logit_cap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def forward(
         self,
@@ -186,70 +124,9 @@ class LanguageModel(nn.Module):
             targets.flatten(),
             reduction=reduction,
             n_classes=self.config.vocab_size,
+            logit_cap=self.config.logit_cap,
         )
         return (loss.view_as(targets) if reduction == "none" else loss), state
-
-    def parameter_groups(
-        self, *, weight_decay: float, lr: float, decay_embeddings: bool = False
-    ) -> list[dict[str, Any]]:
-        """Trainable parameters in groups for an optimiser: params, lr, weight_decay and a name.
-
-        Not decayed: whatever has fewer than two axes (biases, norm weights, gates), what a mixer
-        lists in `no_weight_decay` or `keep_float32`, and the embedding table unless asked for (an
-        untied head is decayed). A mixer class may have `lr_scale`, parameter name -> factor: those
-        parameters get groups of their own with lr times the factor.
-        """
-        spared, factors = set(), {}
-        if not decay_embeddings:
-            spared.add("embedding.weight")
-        for prefix, module in self.named_modules():
-            if isinstance(module, Mixer):
-                spared.update(f"{prefix}.{n}" for n in module.no_weight_decay)
-                spared.update(f"{prefix}.{n}" for n in module.keep_float32)
-                scale: dict[str, float] = getattr(module, "lr_scale", {})
-                factors.update({f"{prefix}.{n}": f for n, f in scale.items()})
-        groups: dict[tuple[bool, float], list[Tensor]] = {}
-        for name, p in self.named_parameters():
-            if p.requires_grad:
-                decayed = p.ndim >= 2 and name not in spared
-                groups.setdefault((decayed, factors.get(name, 1.0)), []).append(p)
-        return [
-            {
-                "params": params,
-                "lr": lr * factor,
-                "weight_decay": weight_decay if decayed else 0.0,
-                "name": ("decay" if decayed else "no_decay")
-                + (f" lr x {factor:g}" if factor != 1 else ""),
-            }
-            for (decayed, factor), params in sorted(
-                groups.items(), key=lambda g: g[0], reverse=True
-            )
-        ]
-
-    def save(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors into a folder, each whole or not at all."""
-        save_checkpoint(folder, ARCHITECTURE, self.config.to_dict(), self)
-
-    @staticmethod
-    def load(folder: str | Path, device: torch.device | str = "cpu") -> LanguageModel:
-        """Read what `save` wrote, with weights in float32 (`.to(dtype)` afterwards, if wanted).
-
-        Raises: models.checkpoint.CheckpointError saying what does not fit.
-        """
-        model = LanguageModel(LanguageModelConfig.from_dict(read_config(folder, ARCHITECTURE)))
-        load_weights(model, read_weights(folder), str(folder))
-        return model.to(device)
-
-
-def _ordinary(cu_seqlens: Tensor) -> Tensor:
-    """The same boundaries as a tensor that counts its changes, which inference tensors do not.
-
-    The layout of a packed row is kept with the tensor, so it must not be made anew in each layer.
-    """
-    if not cu_seqlens.is_inference():
-        return cu_seqlens
-    with torch.inference_mode(False):
-        return cu_seqlens.clone()
 
 
 def _unpad(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -23,17 +24,19 @@ def linear_cross_entropy(
     reduction: str = "mean",
     ignore_index: int = IGNORE,
     n_classes: int | None = None,
+    logit_cap: float | None = None,
     chunk: int | None = None,
 ) -> Tensor:
     """Cross entropy of softmax(h @ weight^T), computed some tokens at a time.
 
-        loss_n = log sum_v exp(h_n . w_v) - h_n . w_target(n)
+        loss_n = log sum_v exp(z_nv) - z_n,target(n),   z_nv = h_n . w_v
 
     Shapes: h [N, D], weight [V, D], targets [N] int64 in [0, n_classes) or `ignore_index`.
     n_classes: rows of `weight` from there on are padding and take no part (default: V, none).
+    logit_cap: z_nv = cap tanh(h_n . w_v / cap) instead, which lies in (-cap, cap).
     chunk: tokens per piece; beside the gradients, memory holds the logits [chunk, V] of one piece
-    and their logarithmic softmax (default: 2^20 logits on a CPU, 2^26 on a GPU, where that is as
-    fast as whole logits or faster).
+    and their logarithmic softmax, with logit_cap a third tensor of that size (default: 2^20
+    logits on a CPU, 2^26 on a GPU, where that is as fast as whole logits or faster).
     reduction: "none" gives [N] (0 where ignored), "sum", or "mean" over the tokens not ignored.
     Precision: products in the dtype of the operands (autocast's, where it is on), accumulated and
     kept in float32 from there on; float64 throughout for float64. Half-precision operands are
@@ -62,6 +65,8 @@ def linear_cross_entropy(
         chunk = max(256, _BUDGET["cpu" if h.device.type == "cpu" else "gpu"] // rows)
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, not {chunk}")
+    if logit_cap is not None and not 0 < logit_cap < math.inf:
+        raise ValueError(f"logit_cap must be a number above 0, or None, not {logit_cap}")
 
     device = h.device.type
     if torch.is_autocast_enabled(device):
@@ -74,10 +79,10 @@ def linear_cross_entropy(
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     coef = valid.to(wide)
     if reduction == "none":
-        return _PerToken.apply(h, weight, targets, coef, n_classes, chunk)
+        return _PerToken.apply(h, weight, targets, coef, n_classes, logit_cap, chunk)
     if reduction == "mean":
         coef = coef / coef.sum().clamp(min=1)
-    return _Total.apply(h, weight, targets, coef, n_classes, chunk)
+    return _Total.apply(h, weight, targets, coef, n_classes, logit_cap, chunk)
 
 
 def _check_targets(targets: Tensor, valid: Tensor, n_classes: int, ignore_index: int) -> None:
@@ -108,6 +113,7 @@ def _pieces(
     targets: Tensor,
     coef: Tensor,
     n_classes: int,
+    cap: float | None,
     chunk: int,
     want: tuple[bool, bool],
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
@@ -126,6 +132,10 @@ def _pieces(
         part = slice(a, a + chunk)
         target = targets[part, None]
         logits = _mm(h[part], weight.T)
+        bent = None
+        if cap is not None:
+            bent = logits.div_(cap).tanh_()
+            logits = bent * cap
         if n_classes < weight.shape[0]:
             logits[:, n_classes:] = -torch.inf
         log_p = logits.log_softmax(-1)
@@ -139,6 +149,8 @@ def _pieces(
         narrow = log_p if log_p.dtype == h.dtype else torch.empty_like(log_p, dtype=h.dtype)
         grad = torch.exp(log_p, out=narrow)
         grad.scatter_(1, target, torch.expm1(picked).to(h.dtype))
+        if bent is not None:
+            grad.mul_(bent.square_().neg_().add_(1))  # the slope of cap tanh(z / cap)
         c = coef[part, None]
         if dh is not None:
             dh[part] = (_mm(grad, weight) * c).to(h.dtype)
@@ -165,10 +177,10 @@ class _Total(torch.autograd.Function):
     """sum(coef * losses): the gradients are known up to a factor, and made in the same pass."""
 
     @staticmethod
-    def forward(ctx: Any, h, weight, targets, coef, n_classes, chunk):  # type: ignore[override]
+    def forward(ctx: Any, h, weight, targets, coef, n_classes, cap, chunk):  # type: ignore[override]
         want = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         with _no_autocast(h.device):
-            losses, dh, dw, factor = _pieces(h, weight, targets, coef, n_classes, chunk, want)
+            losses, dh, dw, factor = _pieces(h, weight, targets, coef, n_classes, cap, chunk, want)
         ctx.save_for_backward(dh, dw, factor)
         ctx.dtype = weight.dtype
         return (losses * coef).sum()
@@ -178,18 +190,18 @@ class _Total(torch.autograd.Function):
     def backward(ctx: Any, g):  # type: ignore[override]
         dh, dw, factor = ctx.saved_tensors
         dh, dw = (_times(d, factor * g, ctx.dtype) for d in (dh, dw))
-        return dh, dw, None, None, None, None
+        return dh, dw, None, None, None, None, None
 
 
 class _PerToken(torch.autograd.Function):
     """Losses one by one: their weights are known only in backward, which computes logits anew."""
 
     @staticmethod
-    def forward(ctx: Any, h, weight, targets, coef, n_classes, chunk):  # type: ignore[override]
+    def forward(ctx: Any, h, weight, targets, coef, n_classes, cap, chunk):  # type: ignore[override]
         with _no_autocast(h.device):
-            losses, *_ = _pieces(h, weight, targets, coef, n_classes, chunk, (False, False))
+            losses, *_ = _pieces(h, weight, targets, coef, n_classes, cap, chunk, (False, False))
         ctx.save_for_backward(h, weight, targets, coef)
-        ctx.n_classes, ctx.chunk = n_classes, chunk
+        ctx.options = n_classes, cap, chunk
         return losses
 
     @staticmethod
@@ -198,11 +210,10 @@ class _PerToken(torch.autograd.Function):
         h, weight, targets, coef = ctx.saved_tensors
         want = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         with _no_autocast(h.device):
-            _, dh, dw, factor = _pieces(
-                h, weight, targets, coef * g, ctx.n_classes, ctx.chunk, want
-            )
+            n_classes, cap, chunk = ctx.options
+            _, dh, dw, factor = _pieces(h, weight, targets, coef * g, n_classes, cap, chunk, want)
         dh, dw = (_times(d, factor, weight.dtype) for d in (dh, dw))
-        return dh, dw, None, None, None, None
+        return dh, dw, None, None, None, None, None
 
 
 __all__ = ["IGNORE", "linear_cross_entropy"]

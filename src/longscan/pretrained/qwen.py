@@ -115,7 +115,7 @@ def qwen3_config(config: Config) -> LanguageModelConfig:
         n_layers=config["num_hidden_layers"],
         pattern=mixer,
         mixers={mixer: settings},
-        mlp="swiglu",
+        mlp="gated",
         d_ff=config["intermediate_size"],
         norm_eps=config["rms_norm_eps"],
         tie_embeddings=bool(config.get("tie_word_embeddings", False)),
