@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from longscan import cli, docs, registry
+from longscan import cli, docs, markdown, registry
 from longscan.bench.measure import Timing
 from longscan.bench.report import Result, append_history, history_rows
 
@@ -196,9 +196,9 @@ def test_docstrings_are_taken_apart():
 
 
 def test_prose_is_safe_markdown():
-    assert docs.prose("a*b*c < d | e") == r"a\*b\*c \< d \| e"
-    assert docs.prose("`a*b` and `Mamba`") == "`a*b` and [`Mamba`](mamba.md)"
-    assert docs.prose("arXiv 2312.06635, eq. 3") == (
+    assert markdown.prose("a*b*c < d | e") == r"a\*b\*c \< d \| e"
+    assert markdown.prose("`a*b` and `Mamba`") == "`a*b` and [`Mamba`](mamba.md)"
+    assert markdown.prose("arXiv 2312.06635, eq. 3") == (
         "[arXiv 2312.06635](https://arxiv.org/abs/2312.06635), eq. 3"
     )
 
@@ -212,6 +212,9 @@ def test_every_mixer_is_documented(name):
     assert doc.body, "a recurrence, or how it differs from another mixer"
     assert any(label.startswith("Shapes") for label in doc.sections)
     assert registry.entry(name).arxiv in doc.sections["Source"]
+    assert any("precision" in label.lower() for label in doc.sections)
+    assert doc.sections["Differs"]
+    assert re.search(r"\b(MIT|Apache-2\.0|BSD)\b", doc.sections["Reference"]), "and its licence"
     unexplained = [s for s in docs.settings_of(cls) if not docs.meaning(cls, s)]
     assert not unexplained
     assert docs.initialisation(cls)
@@ -252,3 +255,34 @@ def test_speeds_come_from_the_history(tmp_path):
         "2025-02-01, a processor, 2 threads, torch 2.13, commit abc1234:",
     ]
     assert "Measured speed" not in pages["gla.md"]
+
+
+def test_claims_come_from_their_records(tmp_path):
+    def line(claim, device, case, mean, seeds="3", date="2025-01-01"):
+        return {
+            "claim": claim, "case": case, "mixer": "", "metric": "test error", "mean": mean,
+            "min": mean, "max": "0.5", "seeds": seeds, "published": "", "holds": "yes",
+            "minutes": "0.5", "device": device, "date": f"{date}T00:00:00Z",
+        }  # fmt: skip
+
+    def run(device, sharp, date):
+        got = {(b, s): "0.05" for b in ("legs", "legt", "fout") for s in (0.5, 1, 1.9, 2.2, 4)}
+        got |= dict.fromkeys([("legt", 1.9), ("fout", 1.9)], sharp)
+        got |= dict.fromkeys([("legt", 2.2), ("fout", 2.2)], "0.2")
+        return [
+            line("timescale", device, f"{b}, dt lag = {s}", mean, date=date)
+            for (b, s), mean in got.items()
+        ]
+
+    bench = tmp_path / "bench"
+    records = [*run("cpu A", "0.04", "2025-01-01"), *run("cpu A", "0.001", "2025-02-01")]
+    append_history(bench / "claims.csv", [*records, *run("gpu B", "0.04", "2025-03-01")])
+    pages = docs.pages(["s4", "gla"], bench / "history.csv", with_index=False)
+    text = pages["s4.md"]
+    assert text.count("**A HiPPO basis") == 2, "the latest of each device"
+    assert "Holds in our hands. At dt lag = 1.9 the error is 1.0e-03 for legt" in text
+    assert "Does not hold in our hands. At dt lag = 1.9 the error is 4.0e-02 for legt" in text
+    assert "| legt, dt lag = 1.9 | test error | 0.00100 (0.00100 to 0.500, 3 seeds) |  |" in text
+    assert "cpu A, 2025-02-01, 7.5 minutes; `longscan claims timescale` runs it again." in text
+    assert "2025-01-01" not in text
+    assert "Measured claims" not in pages["gla.md"]

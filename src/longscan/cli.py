@@ -16,6 +16,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "verify": ("longscan.verify:main", "check mixers on this machine"),
     "doctor": ("longscan.doctor:main", "what is installed here, and what would run"),
     "bench cpu": ("longscan.bench.cpu:main", "time our layers beside transformers on a CPU"),
+    "claims": ("longscan.claims.run:main", "run the small experiment behind a paper's claim"),
     "docs": ("longscan.docs:main", "write the pages of the mixers"),
 }
 

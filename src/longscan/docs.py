@@ -1,7 +1,8 @@
 """longscan docs: a page for every mixer, from its registry entry, its docstring and measurements.
 
 Nothing on a page is written by hand: sizes come from building the mixer, speeds from the rows of
-bench/history.csv. So a page changes when the code does, and --check tells when it has not.
+bench/history.csv, claims from those of bench/claims.csv. So a page changes when the code does, and
+--check tells when it has not.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import csv
 import functools
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,7 +20,9 @@ import torch
 
 from longscan import registry
 from longscan.bench.measure import digits
+from longscan.claims.report import RECORDS, Recorded, read_records
 from longscan.io import save_text
+from longscan.markdown import ARXIV, prose, table
 from longscan.mixers.base import Mixer
 
 MARK = "<!-- Written by `longscan docs`; edit the docstring or the registry instead. -->"
@@ -53,7 +56,6 @@ SHARED = {
 }
 
 _LABEL = re.compile(r"^([A-Z][A-Za-z_ ,]*):\s+", re.MULTILINE)
-_ARXIV = re.compile(r"\d{4}\.\d{4,5}")
 
 
 @dataclass(frozen=True)
@@ -146,35 +148,8 @@ def measure(name: str) -> Sizes:
 # --- Markdown -----------------------------------------------------------------------------------
 
 
-def _outside_code(text: str, change: Callable[[str], str]) -> str:
-    """Apply `change` to what is not in `backticks`."""
-    parts = text.split("`")
-    return "`".join(change(p) if i % 2 == 0 else p for i, p in enumerate(parts))
-
-
-def prose(text: str) -> str:
-    """Plain text as Markdown: nothing is emphasis or HTML by accident, arXiv ids are links."""
-    text = _outside_code(text, lambda p: re.sub(r"([*<|])", r"\\\1", p))
-    text = _outside_code(
-        text,
-        lambda p: re.sub(
-            rf"(arXiv )?\b({_ARXIV.pattern})\b", r"[arXiv \2](https://arxiv.org/abs/\2)", p
-        ),
-    )
-    pages = {registry.mixer_class(n).__name__: n for n in registry.names()}
-    return re.sub(
-        r"`(\w+)`", lambda m: f"[{m[0]}]({pages[m[1]]}.md)" if m[1] in pages else m[0], text
-    )
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-
-
 def _paper(entry: registry.Entry) -> str:
-    if _ARXIV.fullmatch(entry.arxiv):
+    if ARXIV.fullmatch(entry.arxiv):
         return f"[{prose(entry.title)}](https://arxiv.org/abs/{entry.arxiv})"
     return prose(entry.title)
 
@@ -227,7 +202,9 @@ longscan train language --model.pattern {name} --max-minutes 3
 ```"""
 
 
-def page(name: str, sizes: Sizes, speed: list[dict[str, str]]) -> str:
+def page(
+    name: str, sizes: Sizes, speed: list[dict[str, str]], records: list[Recorded] | None = None
+) -> str:
     """The page of a mixer."""
     entry, cls = registry.entry(name), registry.mixer_class(name)
     doc = parse_docstring(cls.__doc__ or "", list(settings_of(cls)))
@@ -250,6 +227,9 @@ def page(name: str, sizes: Sizes, speed: list[dict[str, str]]) -> str:
         ["A block has an MLP behind the mixer", "yes" if entry.mlp else "no"],
     ]
     parts.append(table(["Property", "Value"], rows))
+    shown = [r for r in records or [] if name in r.claim.mixers]
+    if shown:
+        parts += ["## Measured claims", *(_claim(r) for r in shown)]
     if speed:
         parts += ["## Measured speed", _speed(speed)]
     module = cls.__module__
@@ -318,6 +298,31 @@ def _speed(rows: list[dict[str, str]]) -> str:
     return "\n\n".join(parts)
 
 
+def _claim(run: Recorded) -> str:
+    """One claim of a paper beside what was measured."""
+    holds, sentence = run.verdict()
+    rows = []
+    for x in run.lines:
+        low, mean, high = (digits(float(x[n])) for n in ("min", "mean", "max"))
+        spread = f"{mean} ({low} to {high}, {x['seeds']} seeds)" if x["seeds"] != "1" else mean
+        rows.append([prose(x["case"]), prose(x["metric"]), spread, prose(x["published"])])
+    minutes = {(x["case"], x["minutes"]) for x in run.lines}
+    about = (
+        f"{run.device}, {run.lines[-1]['date'][:10]}, {sum(float(m) for _, m in minutes):.1f} "
+        f"minutes; `longscan claims {run.claim.name}` runs it again."
+    )
+    verdict = "Holds in our hands." if holds else "Does not hold in our hands."
+    head = ["Case", "Metric", "Measured", "Published"]
+    return "\n\n".join(
+        [
+            f"**{prose(run.claim.title)}** {prose(run.claim.source)}.",
+            f"{verdict} {prose(sentence)}",
+            table(head, rows),
+            about,
+        ]
+    )
+
+
 # --- Files --------------------------------------------------------------------------------------
 
 
@@ -333,8 +338,8 @@ def _module(name: str) -> str:
 def pages(names: list[str], history: Path, *, with_index: bool) -> dict[str, str]:
     """File name -> text of the pages of some mixers."""
     sizes = {name: measure(name) for name in names}
-    speed = read_history(history)
-    out = {f"{n}.md": page(n, s, speed.get(n, [])) for n, s in sizes.items()}
+    speed, records = read_history(history), read_records(history.with_name(RECORDS))
+    out = {f"{n}.md": page(n, s, speed.get(n, []), records) for n, s in sizes.items()}
     if with_index:
         out["README.md"] = index(sizes)
     return out
@@ -365,7 +370,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="longscan docs",
         description="Write a page for each mixer, and an index, to OUT/mixers. Speeds come from "
-        "bench/history.csv beside OUT, if it is there.",
+        "bench/history.csv beside OUT, claims from bench/claims.csv, if they are there.",
     )
     add = parser.add_argument
     add("mixers", nargs="*", help="only the pages of these (default: all of longscan's own)")

@@ -1,6 +1,7 @@
 """HiPPO systems: the authors' matrices, the functions they stand for, normal plus low rank."""
 
 import copy
+import math
 
 import numpy as np
 import pytest
@@ -182,6 +183,26 @@ def test_kept_values_follow_the_parameters():
     other = copy.deepcopy(m)
     assert error(other(), m() + 1) == 1
     assert other.made == made + 1, "copies start with nothing"
+
+
+@pytest.mark.parametrize("size", [(3,), (), (4,), (2, 6)])
+@pytest.mark.parametrize("gap", [0, 1])
+def test_every_change_through_data_is_seen(size, gap):
+    """Of any number, whether two are compared as one or each by itself."""
+    m = Doubler()
+    n = math.prod(size)
+    m.w = nn.Parameter(torch.ones(n + gap)[gap:].view(size))
+    with torch.no_grad():
+        m()
+        for i in range(n):
+            made = m.made
+            assert m() is m()
+            assert m.made == made
+            m.w.data.view(-1)[i] += 2.0**-20
+            assert torch.equal(m(), 2 * m.w)
+            assert m.made == made + 1
+        m.w.data = m.w.data.double()
+        assert m().dtype == F64
 
 
 def test_kept_values_of_inference_serve_training():

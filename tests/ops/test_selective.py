@@ -26,7 +26,7 @@ def tiling(monkeypatch):
     """Small blocks, so that short sequences cross many edges."""
 
     def use(steps, width):
-        monkeypatch.setattr(module, "_tiling", lambda rows, numel: (steps, width))
+        monkeypatch.setattr(module, "_tiling", lambda rows, numel, device: (steps, width))
 
     return use
 
@@ -155,7 +155,7 @@ def test_complex_weights(kinds, tiling):
 )
 def test_packed_split_and_stepped(lengths, steps, width, cut):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_tiling", lambda rows, numel: (steps, width))
+        patch.setattr(module, "_tiling", lambda rows, numel, device: (steps, width))
         total, rows = sum(lengths), len(lengths)
         x = _inputs(1, total, kinds="tg", rows=rows)
         bounds = [0, *torch.tensor(lengths).cumsum(0).tolist()]

@@ -146,7 +146,7 @@ class Kept:
             return make()
         if self._key != key or not self._same(tensors):
             with torch.inference_mode(False), torch.no_grad():
-                self._from = [(t, t._version, t.detach().clone()) for t in tensors]
+                self._from = [(t, t._version, _bits(t.detach()).clone()) for t in tensors]
                 self._key, self._made = key, make()
         return self._made
 
@@ -156,9 +156,17 @@ class Kept:
         for t, (kept, version, old) in zip(tensors, self._from, strict=True):
             if t is not kept or t._version != version:
                 return False
-            if t.dtype != old.dtype or t.device != old.device:
+            now = _bits(t)
+            if now.dtype != old.dtype or now.device != old.device:
                 return False
             # Changes through `.data` are not counted; looking at values is free on a CPU only.
-            if t.device.type == "cpu" and not torch.equal(t, old):
+            if now.device.type == "cpu" and not torch.equal(now, old):
                 return False
         return True
+
+
+def _bits(t: Tensor) -> Tensor:
+    """Two float32 as one whole number where they lie so: these compare in half the time."""
+    even = t.ndim > 0 and t.shape[-1] % 2 == 0 and t.storage_offset() % 2 == 0
+    pairs = t.dtype is torch.float32 and even and t.is_contiguous()
+    return t.view(torch.int64) if pairs else t

@@ -32,6 +32,7 @@ class Attention(Mixer):
     Raises: ValueError for sizes that do not divide.
     Source: arXiv 1706.03762; RoPE 2104.09864; GQA 2305.13245; layer as in Qwen3 (2505.09388).
     Differs: one fused input projection.
+    Reference: Hugging Face transformers (Qwen3), Apache-2.0.
     """
 
     def __init__(
@@ -148,6 +149,8 @@ class SlidingAttention(Attention):
 
     Shapes, arguments, precision: as `Attention`.
     Source: Longformer (arXiv 2004.05150), one-sided as in Mistral (arXiv 2310.06825).
+    Differs: causal only, without Longformer's global tokens.
+    Reference: Hugging Face transformers (Mistral), Apache-2.0.
     """
 
     def __init__(

@@ -31,6 +31,7 @@ class DeltaNet(DeltaMixer):
     Precision: norms, beta and state float32.
     Source: arXiv 2406.06484, section 3.
     Differs: nothing known; mind the head norm's eps (the authors' layer 1e-5, models 1e-6).
+    Reference: fla-org/flash-linear-attention, MIT.
     """
 
     def __init__(

@@ -17,6 +17,7 @@ class DeltaProduct(DeltaMixer):
     Precision: A_log, dt_bias, gates, norms and state float32.
     Source: arXiv 2502.10297, section 4 (its n_h is n_steps).
     Differs: the query is not stretched over the steps; results are the same.
+    Reference: fla-org/flash-linear-attention, MIT.
     """
 
     def __init__(

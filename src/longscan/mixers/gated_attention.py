@@ -28,8 +28,8 @@ class GatedAttention(Attention):
 
     Y' = Y * sigmoid(x W),   Y the output of attention, head by head, before out_proj
 
-    Shapes, state and other arguments: as `Attention`; in_proj has the gate's rows behind
-    q | k | v, heads being the slower index.
+    Shapes, state, precision and other arguments: as `Attention`; in_proj has the gate's rows
+    behind q | k | v, heads being the slower index.
     gate: what is gated. "sdpa" (G1, the recommended one) attention's output; "value" (G2), "key"
     (G3), "query" (G4) the projections, before norm and rotary positions; "output" (G5) the layer's
     output.
@@ -41,6 +41,8 @@ class GatedAttention(Attention):
     Source: arXiv 2505.06708, sections 2 and 3.
     Differs: queries and keys are gated before their norm, where the paper does not say; one
     factor per head would be lost there and is refused.
+    Reference: Hugging Face transformers (Qwen3-Next), Apache-2.0; the authors' demonstration is
+    qiuzh20/gated_attention.
     """
 
     no_weight_decay = ("gate_logits",)

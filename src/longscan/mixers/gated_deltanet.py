@@ -17,6 +17,8 @@ class GatedDeltaNet(DeltaMixer):
     Precision: A_log, dt_bias, gates, norms and state float32.
     Source: arXiv 2412.06464, eq. 10; sizes and initialisation of its maintained implementation.
     Differs: A_log is drawn from log U(0, 16) kept finite.
+    Reference: fla-org/flash-linear-attention, MIT, and Hugging Face transformers, Apache-2.0; the
+    authors' own repository is non-commercial and was not read.
     """
 
     def __init__(

@@ -25,6 +25,7 @@ class GatedLinearAttention(HeadMixer):
     Precision: gates and state float32.
     Source: arXiv 2312.06635, eq. 3 and section 4.4.
     Differs: RMSNorm where the paper writes LayerNorm, as its code does; no bias on the gate g.
+    Reference: fla-org/flash-linear-attention, MIT.
     """
 
     def __init__(

@@ -25,6 +25,7 @@ class KimiDeltaAttention(DeltaMixer):
     Precision: A_log, dt_bias, gates, norms and state float32.
     Source: arXiv 2510.26692, eqs. 1 and 10.
     Differs: nothing known; published implementations disagree on gate_bias.
+    Reference: fla-org/flash-linear-attention, MIT.
     """
 
     a_log_range = (1.0, 16.0)

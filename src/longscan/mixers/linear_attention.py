@@ -22,6 +22,8 @@ class LinearAttention(HeadMixer):
     Precision: state and normaliser float32.
     Source: arXiv 2006.16236, eqs. 7 and 16-20.
     Differs: no biases in the projections; eps 1e-6 in the divisor, as the authors' code.
+    Reference: idiap/fast-transformers, MIT; checkpoint names of fla-org/flash-linear-attention,
+    MIT.
     """
 
     def __init__(

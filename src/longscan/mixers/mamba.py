@@ -49,6 +49,7 @@ class Mamba(Mixer):
     Source: arXiv 2312.00752, section 3.4 and algorithm 2; parameter names of the authors' code.
     Differs: takes a state with any number of tokens; the window holds d_conv - 1 inputs, theirs
     d_conv.
+    Reference: state-spaces/mamba, Apache-2.0.
     """
 
     keep_float32 = ("A_log", "D")

@@ -30,6 +30,7 @@ class Mamba2(Mixer):
     Precision: A_log, D, dt_bias, decays and state float32.
     Source: arXiv 2405.21060, listing 1 and section 7; parameter names of the authors' code.
     Differs: the step form clamps dt to dt_limit as the whole form does; s has the key axis first.
+    Reference: state-spaces/mamba, Apache-2.0.
     """
 
     keep_float32 = ("A_log", "D", "dt_bias")

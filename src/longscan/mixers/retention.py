@@ -25,6 +25,7 @@ class Retention(HeadMixer):
     Differs: pairs of channels are halves of a head, not neighbours (a fixed permutation of q's
     and k's rows), with RoPE's frequencies; the norm per head has a weight, as in the
     flash-linear-attention layer.
+    Reference: microsoft/torchscale, MIT; checkpoint names of fla-org/flash-linear-attention, MIT.
     """
 
     def __init__(

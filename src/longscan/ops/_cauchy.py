@@ -82,12 +82,39 @@ def dense(s: Discrete) -> tuple[Tensor, Tensor, Tensor]:
     return a, pairs(s.b), rows(s.c)
 
 
-def step(s: Discrete, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+class Stepper(NamedTuple):
+    """What one token needs of systems: one product of `read` and the state gives right z and y.
+
+    Shapes: pole [H, n] complex; real: read = (right | c Abar) [H, rank + M, N]; left [rank, H, N];
+    b [H, N]; through = Re(c b) [M, H].
+    """
+
+    pole: Tensor
+    read: Tensor
+    left: Tensor
+    b: Tensor
+    through: Tensor
+
+
+def stepper(s: Discrete) -> Stepper:
+    """The numbers of `step`, rank >= 0."""
+    c = s.c.transpose(0, 1)
+    ahead = c * s.pole.unsqueeze(1) + (c @ s.left.mT).real.to(c.dtype) @ s.right
+    read, left = rows(torch.cat([s.right, ahead], 1)), pairs(s.left).transpose(0, 1).contiguous()
+    return Stepper(s.pole, read, left, pairs(s.b), (s.c * s.b).sum(-1).real)
+
+
+def step(s: Stepper, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """One token in O(N). Shapes: u [B, H]; state [B, H, n, 2]; y [B, M, H]."""
-    z = torch.complex(state[..., 0], state[..., 1])
-    low = (s.right * z.unsqueeze(2)).sum(-1, keepdim=True).real
-    z = s.pole * z + (s.left * low).sum(2) + s.b * u.unsqueeze(-1)
-    return (s.c * z.unsqueeze(1)).sum(-1).real, torch.view_as_real(z)
+    state = state.contiguous()
+    got = torch.bmm(s.read, state.flatten(2).permute(1, 2, 0)).permute(2, 1, 0)
+    low, y = got.split([len(s.left), len(s.through)], 1)
+    add = s.b * u.unsqueeze(-1)
+    for column, weight in zip(s.left.unbind(), low.unbind(1), strict=True):
+        add = torch.addcmul(add, column, weight.unsqueeze(-1))
+    add = torch.view_as_complex(add.view(state.shape))
+    z = torch.addcmul(add, s.pole, torch.view_as_complex(state))
+    return torch.addcmul(y, s.through, u.unsqueeze(1)), torch.view_as_real(z)
 
 
 def chunk_weights(s: Discrete, n: int, tail: int) -> Weights:
@@ -172,7 +199,7 @@ def dplr(
     first = u.new_zeros(shape) if state is None else state.to(u.dtype)
     run = choose("lti", u, None, {"reference": dplr_reference, "torch": dplr_chunked})
     if u.shape[1] == 1 and cu_seqlens is None and run is dplr_chunked:
-        y, last = step(s, u[:, 0], first)
+        y, last = step(stepper(s), u[:, 0], first)
         return y.unsqueeze(1), last
     y, last = run(u, s, state=first.flatten(2), cu_seqlens=cu_seqlens)
     return y, last.unflatten(2, (-1, 2))

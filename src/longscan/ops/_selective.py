@@ -95,9 +95,12 @@ def _threads() -> int:
     return torch.get_num_threads()
 
 
-def _tiling(rows: int, numel: int) -> tuple[int, int]:
+def _tiling(rows: int, numel: int, device: torch.device) -> tuple[int, int]:
     """Steps and rows of a block, measured: one step should feed all threads (elementwise kernels
-    of PyTorch give each at least 2^15 numbers), three blocks of 4 MB should stay in cache."""
+    of PyTorch give each at least 2^15 numbers), three blocks of 4 MB should stay in cache. On a
+    GPU, where a step is a launch, all rows take it together."""
+    if device.type != "cpu":
+        return max(16, min(256, 2**25 // (rows * numel))), rows
     width = min(rows, max(1, 2**15 * min(_threads(), 8) // numel))
     return min(256, max(16, 2**20 // (width * numel))), width
 
@@ -337,6 +340,6 @@ def selective_chunked(
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in (u, dt, A, B, C, h))
     y, h, _ = _selective(
         u, dt, states_last(A), weights(B), weights(C), h, cu_seqlens,
-        *_tiling(rows, channels * n), keep,
+        *_tiling(rows, channels * n, u.device), keep,
     )  # fmt: skip
     return y.view(batch, length, channels), h.transpose(-1, -2).flatten(1, 2)

@@ -13,7 +13,10 @@ from torch import Tensor
 
 from longscan.ops._layout import check_cu_seqlens
 
-OPS = ("decay", "delta", "selective", "lti", "mlstm", "slstm", "dplr", "wkv", "attention", "conv")
+OPS = (
+    "decay", "delta", "selective", "trapezoid", "lti", "mlstm", "slstm", "dplr", "wkv",
+    "attention", "conv",
+)  # fmt: skip
 BACKENDS = ("reference", "torch")
 
 

@@ -68,9 +68,9 @@ def mlstm_step(
     kept = F.logsigmoid(f).unsqueeze(-1) + m
     i = i.unsqueeze(-1)
     m = torch.maximum(kept, i)
-    write = ((i - m).exp() * k).unsqueeze(-1) * F.pad(v, (0, 1), value=1.0).unsqueeze(-2)
-    s = (kept - m).exp().unsqueeze(-1) * s + write
-    num, qn = (q.unsqueeze(-2) @ s).squeeze(-2).split([v.shape[-1], 1], -1)
+    k, v = ((i - m).exp() * k).unsqueeze(-1), F.pad(v, (0, 1), value=1.0).unsqueeze(-2)
+    s = torch.addcmul((kept - m).exp().unsqueeze(-1) * s, k, v)
+    num, qn = (q.unsqueeze(-2) @ s).squeeze(-2).split([v.shape[-1] - 1, 1], -1)
     return _normalised(num, qn, m, eps), (s, m)
 
 
@@ -162,8 +162,9 @@ def _chunks(
         p = torch.maximum(top, m)
         held = p.detach()
         among = (w.unsqueeze(-2) - held.unsqueeze(-1)).masked_fill(later, -math.inf).exp2()
-        o = ((q @ k.mT) * among) @ v
-        o = torch.addcmul(o, q @ s, (m - held).exp2().unsqueeze(-1))
+        inside = (((q @ k.mT) * among) @ v).flatten(0, 1)
+        before = q * (m - held).exp2().unsqueeze(-1)
+        o = torch.baddbmm(inside, before.flatten(0, 1), s.flatten(0, 1)).view_as(v)
         num, qn = o.split([v.shape[-1] - 1, 1], -1)
         slack = eps * (p - held).exp2().unsqueeze(-1)
         return _normalised(num, qn, (b + held).unsqueeze(-1) / _LOG2E, slack).transpose(1, 2)

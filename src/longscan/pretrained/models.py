@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from longscan.models.checkpoint import CheckpointError, load_weights
 from longscan.models.config import LanguageModelConfig
 from longscan.models.language_model import LanguageModel
-from longscan.pretrained import qwen
+from longscan.pretrained import qwen, rwkv, xlstm
 from longscan.pretrained._convert import convert
 from longscan.pretrained.layers import LAYERS
 
@@ -55,7 +56,7 @@ def _fla(mixer: str, settings: Callable[[Config], dict[str, Any]]) -> Family:
             n_layers=c["num_hidden_layers"],
             pattern=mixer,
             mixers={mixer: own},
-            mlp="swiglu",
+            mlp="gated",
             d_ff=width,
             norm_eps=c.get("norm_eps", 1e-6),
             tie_embeddings=bool(c.get("tie_word_embeddings", False)),
@@ -272,21 +273,26 @@ FAMILIES: dict[str, Family] = {
     "falcon_mamba": Family(_mamba_hub, _mamba_tensors),
     "mamba2": Family(_mamba_hub, _mamba_tensors),
     "authors' mamba": Family(_mamba_authors, _mamba_tensors),
+    "xlstm": Family(xlstm.xlstm_config, xlstm.xlstm_state_dict),
 }
 
 
-def from_pretrained(folder: str | Path) -> LanguageModel:
-    """The LanguageModel in a checkpoint folder of another library, or of longscan itself.
+def from_pretrained(path: str | Path) -> LanguageModel:
+    """The LanguageModel in a checkpoint of another library, or of longscan itself.
 
-    Reads config.json and the weights (*.safetensors, or the pytorch_model.bin of the Mamba
+    From one file (*.safetensors, *.pth): RWKV-4, 5 and 7 with the authors' names, in their layout
+    or rwkv.cpp's; those below if their config.json is in its metadata, as "config". A folder:
+    reads config.json and the weights (*.safetensors, or the pytorch_model.bin of the Mamba
     authors) of: flash-linear-attention (gla, delta_net, gated_deltanet, kda,
     gated_deltaproduct), the Mamba authors' package, Hugging Face (mamba, mamba2, falcon_mamba,
-    qwen3 with or without gated attention).
+    qwen3 with or without gated attention, xlstm).
 
     Precision: weights become float32, whatever they were stored in.
     Raises: CheckpointError saying what is missing, unknown or does not fit.
     """
-    folder = Path(folder)
+    folder = Path(path)
+    if folder.is_file():
+        return _from_file(folder)
     try:
         c = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -295,13 +301,31 @@ def from_pretrained(folder: str | Path) -> LanguageModel:
         raise CheckpointError(f"{folder}/config.json is not JSON: {error}") from error
     if "architecture" in c:
         return LanguageModel.load(folder)
+    return _build(c, _read_tensors(folder), str(folder))
+
+
+def _from_file(file: Path) -> LanguageModel:
+    tensors, metadata = _read_file(file)
+    if rwkv.is_rwkv(tensors):
+        config = rwkv.rwkv_config(tensors)
+        model = LanguageModel(config)
+        load_weights(model, rwkv.rwkv_state_dict(tensors, config), str(file))
+        return model
+    if "config" not in metadata:
+        raise CheckpointError(
+            f"{file} alone does not say what model it is: give the folder with its config.json"
+        )
+    return _build(json.loads(metadata["config"]), tensors, str(file))
+
+
+def _build(c: Config, tensors: Mapping[str, Tensor], source: str) -> LanguageModel:
     kind = c.get("model_type", "authors' mamba" if "ssm_cfg" in c else None)
     family = {**FAMILIES, "qwen3": Family(qwen.qwen3_config, _qwen_state_dict(c))}.get(kind)
     if family is None:
         raise CheckpointError(f"unknown model type {kind!r}; known: {', '.join(FAMILIES)}, qwen3")
     config = family.config(c)
     model = LanguageModel(config)
-    load_weights(model, family.state_dict(_read_tensors(folder), config), str(folder))
+    load_weights(model, family.state_dict(tensors, config), source)
     return model
 
 
@@ -311,16 +335,34 @@ def _qwen_state_dict(c: Config):
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors of a folder, in float32 if they are floating point."""
-    from safetensors.torch import load_file
-
     tensors: dict[str, Tensor] = {}
     for file in sorted(folder.glob("model*.safetensors")):
-        tensors.update(load_file(str(file)))
+        tensors.update(_read_file(file)[0])
     binary = folder / "pytorch_model.bin"
     if not tensors and binary.exists():
-        tensors = torch.load(binary, map_location="cpu", weights_only=True)
+        tensors = _read_file(binary)[0]
     if not tensors:
         raise CheckpointError(
             f"{folder} holds no weights: neither model*.safetensors nor pytorch_model.bin"
         )
-    return {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
+    return tensors
+
+
+def _read_file(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a file, in float32 if they are floating point, and its metadata.
+
+    Raises: CheckpointError if the file is not a checkpoint, or damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    metadata: dict[str, str] = {}
+    try:
+        if file.suffix == ".safetensors":
+            with safe_open(str(file), "pt") as f:
+                tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
+                metadata = f.metadata() or {}
+        else:
+            tensors = torch.load(file, map_location="cpu", weights_only=True)
+    except (SafetensorError, RuntimeError, UnpicklingError) as error:
+        raise CheckpointError(f"{file} is not a checkpoint, or damaged: {error}") from error
+    return {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}, metadata
