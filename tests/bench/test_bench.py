@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from longscan.bench import compare, cpu, measure, peers, report
+from longscan.bench import row as rows
 from longscan.bench.measure import Timing
 from longscan.ops.delta import delta_reference
 
@@ -107,7 +108,7 @@ def slow_delta(scale=0.125, cut=False):
             rest = (rest[0].detach(), *rest[1:])
         return delta_reference(q * scale, *rest, state=state)
 
-    return peers.Side(
+    return rows.Side(
         None,
         forward=lambda *inputs: run(*inputs)[0],
         prefill=run,
@@ -132,7 +133,7 @@ def judged(row, mode):
     return compare.check(row, (a, a()), (b, b()), mode)
 
 
-@pytest.mark.parametrize("mode", compare.MODES)
+@pytest.mark.parametrize("mode", rows.MODES)
 def test_equal_sides_pass_and_unequal_ones_do_not(mode):
     assert 0 < judged(toy_row(), mode) < 1e-5
     with pytest.raises(compare.DisagreementError, match="output"):
@@ -152,6 +153,79 @@ def test_weights_are_disturbed_and_copied():
     for (name, a), b in zip(ours.module.named_parameters(), peer.module.parameters(), strict=True):
         assert torch.equal(a, b), name
     assert not torch.equal(ours.module.D, torch.ones_like(ours.module.D))
+
+
+def toy_layer_row(scale=1.0, **changes):
+    """Linear layers; the peer stores its bias negated, from one down, and grows the weight's
+    gradient by `scale`."""
+
+    def side(names, grow):
+        layer = torch.nn.Module()
+        layer.register_parameter(names[0], torch.nn.Parameter(torch.randn(3, 3)))
+        layer.register_parameter(names[1], torch.nn.Parameter(torch.zeros(3)))
+
+        def forward(x):
+            w, b = (getattr(layer, name) for name in names)
+            w = w.detach() + grow * (w - w.detach())
+            return x @ w + (b if names[1] == "bias" else 1 - b)
+
+        return rows.Side(layer, forward, lambda x: (forward(x), None), None, None)
+
+    row = rows.Row(
+        "toy-layer", "toy", "torch", ("torch",), lambda b, t, d: (torch.randn(b, t, 3),),
+        lambda d: side(("weight", "bias"), 1.0), lambda d: side(("matrix", "offset"), scale),
+        lambda tensors: {"weight": tensors["matrix"], "bias": 1 - tensors["offset"]},
+    )  # fmt: skip
+    return dataclasses.replace(row, **changes)
+
+
+def judged_layers(row):
+    torch.manual_seed(0)
+    ours, peer = row.ours(3), row.peer(3)
+    compare.equal_weights(row, ours, peer)
+    inputs = row.inputs(2, 5, 3)
+    a, b = (compare.calls("train", s, inputs, (), torch.randn(2, 5, 3)) for s in (ours, peer))
+    b.cotangent = a.cotangent
+    return compare.check(row, (a, a()), (b, b()), "train")
+
+
+def test_gradients_of_translated_parameters_are_compared():
+    """A translation with constants moves weights by them, gradients not."""
+    assert judged_layers(toy_layer_row()) < 1e-5
+    with pytest.raises(compare.DisagreementError, match="gradient of weight"):
+        judged_layers(toy_layer_row(scale=1.01))
+    wrong = lambda t: {"weight": t["matrix"], "bias": t["offset"]}  # noqa: E731
+    with pytest.raises(compare.DisagreementError, match="gradient of bias"):
+        judged_layers(toy_layer_row(translate=wrong))
+
+
+def test_gradients_that_differ_by_construction_are_left_out():
+    unequal = frozenset({"weight"})
+    assert judged_layers(toy_layer_row(scale=1.01, unequal=unequal)) < 1e-5
+    wrong = lambda t: {"weight": t["matrix"], "bias": t["offset"]}  # noqa: E731
+    with pytest.raises(compare.DisagreementError, match="bias"):
+        judged_layers(toy_layer_row(unequal=unequal, translate=wrong))
+
+
+def test_zeros_are_disturbed_too():
+    row = toy_layer_row()
+    ours, peer = row.ours(3), row.peer(3)
+    compare.equal_weights(row, ours, peer)
+    assert peer.module.offset.abs().min() > 0
+    assert torch.equal(ours.module.bias, 1 - peer.module.offset)
+
+
+@pytest.mark.parametrize("mode", rows.MODES)
+def test_what_a_side_does_once_comes_before_the_calls(mode):
+    seen = []
+    row = toy_row()
+    side = dataclasses.replace(row.peer(64), ready=seen.append)
+    call = compare.calls(mode, side, row.inputs(1, 6, 64), row.inputs(1, 2, 64), torch.ones(()))
+    assert seen == [6]
+    if mode != "train":
+        call()
+        call()
+        assert seen == [6]
 
 
 # -- targets and tables
@@ -182,9 +256,18 @@ def test_a_peer_left_out_says_why():
     assert "1 comparison(s) left out" in report.summary([r])
 
 
-def test_every_target_names_a_row():
-    names = {row.name for row in peers.ROWS}
-    assert {row for row, _ in report.TARGETS} <= names
+def test_every_row_has_a_target():
+    assert {row for row, _ in report.TARGETS} == {row.name for row in peers.ROWS}
+
+
+def test_decode_targets():
+    slow = {"mode": "decode", "ours": Timing((7.0,)), "peer": Timing((8.0,))}
+    assert result(**slow).target == 1.5
+    assert result(**slow).verdicts()["time"] is False
+    beside = result(row="s4-authors", **slow)
+    assert beside.target == 1
+    assert beside.verdicts()["time"] is True
+    assert result(mode="prefill").target is None
 
 
 # -- history
@@ -259,9 +342,37 @@ def test_bad_arguments_are_explained(monkeypatch):
         cpu.main(["--lengths", "1"])
 
 
+def test_only_the_calls_of_a_row_are_measured(monkeypatch, capsys):
+    monkeypatch.setattr(cpu, "ROWS", (dataclasses.replace(toy_row(), modes=("prefill",)),))
+    args = ["--quick", "--no-memory", "--seconds", "0", "--lengths", "8"]
+    assert cpu.main(args) == 0
+    shown = capsys.readouterr()
+    assert "[1/1]" in shown.err
+    assert shown.out.count("| gated delta rule (op) | torch |") == 1
+
+
 def test_a_missing_peer_says_what_to_install():
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'longscan\[bench\]'"):
-        peers.need("no_such_peer_anywhere.layers")
+        rows.need("no_such_peer_anywhere.layers")
+
+
+def test_only_peers_beyond_the_extra_are_left_out(monkeypatch, capsys):
+    absent = dataclasses.replace(
+        toy_row(), name="absent", modules=("no_such_peer_anywhere",), install="climb the hill"
+    )
+    monkeypatch.setattr(cpu, "ROWS", (toy_row(), absent))
+    args = ["--quick", "--no-memory", "--seconds", "0", "--lengths", "8", "--modes", "prefill"]
+    assert cpu.main(args) == 0
+    shown = capsys.readouterr()
+    assert "absent is left out: the comparison needs no_such_peer_anywhere: climb" in shown.err
+    assert "[1/1]" in shown.err
+    with pytest.raises(ModuleNotFoundError, match="climb the hill"):
+        cpu.main([*args, "--rows", "absent"])
+    # What the extra brings is expected to be there: without it nothing runs.
+    expected = dataclasses.replace(absent, install=rows.EXTRA)
+    monkeypatch.setattr(cpu, "ROWS", (toy_row(), expected))
+    with pytest.raises(ModuleNotFoundError, match="no_such_peer_anywhere"):
+        cpu.main(args)
 
 
 def test_rows_are_chosen_by_parts_of_names():
@@ -269,4 +380,4 @@ def test_rows_are_chosen_by_parts_of_names():
         "mamba-mambapy",
         "delta-op-transformers",
     ]
-    assert len(cpu.chosen(None)) == 5
+    assert cpu.chosen(None) == list(peers.ROWS)

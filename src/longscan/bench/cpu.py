@@ -1,4 +1,7 @@
-"""longscan bench cpu: our layers beside transformers and mambapy, equal weights, float32."""
+"""longscan bench cpu: our layers beside transformers, mambapy and the authors' own code.
+
+Equal weights, float32.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,10 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from longscan.bench import compare, report
-from longscan.bench.compare import MODES
 from longscan.bench.measure import CLOCKS, Children, Timing, digits, elapsed_ms, interleave
-from longscan.bench.peers import ROWS, Row, Side, need
+from longscan.bench.peers import ROWS
 from longscan.bench.report import Result
+from longscan.bench.row import EXTRA, MODES, Row, Side
 
 
 def parser() -> argparse.ArgumentParser:
@@ -66,6 +69,8 @@ def chosen(parts: Sequence[str] | None) -> list[Row]:
 ONCE = 4.0
 """Seconds after which a call of a peer is not repeated: its first call is the measurement."""
 DECODE_TOKENS = 64
+LOOPS = ("mamba-transformers", "slstm-xlstm", "rwkv4-transformers")
+"""Rows whose peer trains by a loop over time that autograd walks back."""
 
 
 class Bench:
@@ -85,11 +90,17 @@ class Bench:
             raise ValueError(f"--d-model must be a multiple of 64, not {self.d_model}")
         if args.threads:
             torch.set_num_threads(args.threads)
-        for module in sorted({m for row in self.rows for m in row.modules}):
-            need(module)
+        for row in list(self.rows):
+            error = row.missing()
+            if error and (args.rows or row.install == EXTRA):
+                raise error
+            if error:
+                self.rows.remove(row)
+                print(f"{row.name} is left out: {error}", file=sys.stderr)
         self.children = None
         if not args.no_memory:
-            self.children = Children(sorted({m for row in self.rows for m in row.modules}))
+            modules = sorted({m for row in self.rows for m in row.modules})
+            self.children = Children(["longscan.bench.peers", *modules])
 
     def plan(self) -> list[float]:
         """The weight of each measurement, in order."""
@@ -98,6 +109,7 @@ class Bench:
             for row in self.rows
             for length in self.lengths
             for mode in self.modes
+            if mode in row.modes
         ]
 
     def run(self) -> Iterator[Result]:
@@ -108,7 +120,7 @@ class Bench:
             compare.equal_weights(row, ours, peer)
             earlier: dict[str, Result] = {}
             for length in self.lengths:
-                for mode in self.modes:
+                for mode in (m for m in self.modes if m in row.modes):
                     result = self.measure(row, ours, peer, mode, length, earlier.get(mode))
                     earlier[mode] = result
                     yield result
@@ -185,7 +197,7 @@ def clock(seconds: float) -> str:
 
 def weight(row: Row, mode: str, length: int) -> float:
     """About how long a measurement takes, in seconds; only the estimate of the end uses it."""
-    if mode == "train" and row.name == "mamba-transformers":
+    if mode == "train" and row.name in LOOPS:
         return 40.0
     return 4.0 + length / 500
 
@@ -196,10 +208,11 @@ def main(argv: Sequence[str]) -> int:
     about = report.environment()  # before we load the machine ourselves
     bench = Bench(args)
     about.update(threads=str(torch.get_num_threads()), clock=args.clock)
+    peers = (f"{p} {about[p] or 'absent'}" for p in ("transformers", "mambapy", "xlstm"))
     print(
         f"{about['cpu']}, {about['cpus']} CPUs, {about['threads']} threads, {about['vector']}; "
-        f"torch {about['torch']}, transformers {about['transformers'] or 'absent'}, "
-        f"mambapy {about['mambapy'] or 'absent'}, longscan {about['longscan']} {about['commit']}"
+        f"torch {about['torch']}, {', '.join(peers)}, longscan {about['longscan']} "
+        f"{about['commit']}"
     )
     if about["load"] and float(about["load"]) > 0.5 * float(about["cpus"]):
         print(f"The machine is busy (load {about['load']}): take the times as provisional.")

@@ -1,75 +1,19 @@
-"""The layers that are compared: ours and the peers', behind one small interface.
+"""The rows of the bench: ours beside transformers and mambapy, and the authors' code.
 
-Peers are imported when their row runs, never before: they belong to the extra "bench".
+Peers are imported when their row runs, never before: they belong to the extra "bench", or to
+nothing that we ask users to install.
 """
 
 from __future__ import annotations
 
-import importlib
-import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-Inputs = tuple[Tensor, ...]
-"""What a layer reads, each [B, T, ...]; the first is differentiated, all of an op are."""
-
-
-@dataclass(frozen=True)
-class Side:
-    """One implementation.
-
-    forward(*inputs) -> y, as in training; prefill(*inputs) -> (y, cache) and
-    step(cache, *inputs of one token) -> (y, cache), as in generation; carry(*inputs) -> cache.
-    """
-
-    module: nn.Module | None
-    forward: Callable[..., Tensor]
-    prefill: Callable[..., tuple[Tensor, Any]]
-    step: Callable[..., tuple[Tensor, Any]]
-    carry: Callable[..., Any]
-
-
-@dataclass(frozen=True)
-class Row:
-    """A layer of ours beside one of a peer.
-
-    translate: the peer's parameters (or their gradients) by name -> ours by name.
-    """
-
-    name: str
-    layer: str
-    package: str
-    modules: tuple[str, ...]
-    inputs: Callable[[int, int, int], Inputs]
-    ours: Callable[[int], Side]
-    peer: Callable[[int], Side]
-    translate: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = lambda tensors: tensors
-
-
-def need(module: str) -> Any:
-    """Import a module of a peer.
-
-    Raises: ModuleNotFoundError saying what to install.
-    """
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is ever fetched here
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        package = module.split(".")[0]
-        raise ModuleNotFoundError(
-            f"the comparison needs {error.name or package}: pip install 'longscan[bench]', or "
-            "leave its rows out with --rows",
-            name=error.name,
-        ) from error
-
-
-def tokens(batch: int, length: int, d_model: int) -> Inputs:
-    """The input of a layer."""
-    return (torch.randn(batch, length, d_model),)
+from longscan.bench import authors
+from longscan.bench.row import Inputs, Row, Side, mixer, need, tokens, walk
 
 
 def delta_inputs(batch: int, length: int, d_model: int) -> Inputs:
@@ -81,19 +25,6 @@ def delta_inputs(batch: int, length: int, d_model: int) -> Inputs:
 
 
 # -- ours
-
-
-def _mixer(name: str, d_model: int, **options: Any) -> Side:
-    from longscan.registry import mixer_class
-
-    layer = mixer_class(name)(d_model, **options)
-    return Side(
-        layer,
-        forward=lambda x: layer(x)[0],
-        prefill=layer,
-        step=lambda state, x: layer(x, state),
-        carry=lambda x: layer(x)[1],
-    )
 
 
 def _delta(d_model: int) -> Side:
@@ -196,6 +127,70 @@ def _hf_delta(d_model: int) -> Side:
     )
 
 
+def _hf_xlstm(d_model: int) -> Side:
+    # With the package xlstm installed it would hand over to that, which wants kernels of another
+    # licence for this layer. What is measured is the torch path of transformers itself.
+    utils = need("transformers.utils")
+    found, utils.is_xlstm_available = utils.is_xlstm_available, lambda: False
+    try:
+        hf = need("transformers.models.xlstm.modeling_xlstm")
+    finally:
+        utils.is_xlstm_available = found
+    config = hf.xLSTMConfig(hidden_size=d_model, num_heads=4, num_hidden_layers=1)
+    layer = hf.xLSTMLayer(config)
+    with torch.no_grad():  # gates that remember, as its authors start a model
+        layer.igate_preact.bias.normal_(std=0.1)
+        layer.fgate_preact.bias.copy_(torch.linspace(3, 6, 4))
+    return Side(
+        layer,
+        forward=lambda x: layer(x)[0],
+        prefill=layer,
+        step=lambda cache, x: layer(x, cache),
+        carry=lambda x: layer(x)[1],
+    )
+
+
+def _from_hf_xlstm(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    from longscan.pretrained import xlstm
+
+    return authors.layer_of({**xlstm._BLOCK, **xlstm._SINGLE}, "mlstm_layer.", tensors)
+
+
+def _hf_rwkv4(d_model: int) -> Side:
+    hf = need("transformers.models.rwkv.modeling_rwkv")
+    config = hf.RwkvConfig(hidden_size=d_model, num_hidden_layers=1)
+    layer = hf.RwkvSelfAttention(config, 0)
+    with torch.no_grad():  # built alone it holds whatever was in memory
+        layer.time_decay.uniform_(-5, 3)
+        layer.time_first.uniform_(-1.7, -0.7)
+        for mix in (layer.time_mix_receptance, layer.time_mix_key, layer.time_mix_value):
+            mix.uniform_(0, 1)
+
+    def prefill(x: Tensor) -> tuple[Tensor, Any]:
+        # The last token (of the channel mix and of this layer), the two sums, their scale.
+        state = list(x.new_zeros(5, x.shape[0], d_model, 1).unbind())
+        state[4] -= 1e30
+        return layer(x, state, use_cache=True)
+
+    return Side(
+        layer,
+        forward=lambda x: layer(x)[0],
+        prefill=prefill,
+        step=lambda state, x: layer(x, state, use_cache=True),
+        carry=lambda x: prefill(x)[1],
+    )
+
+
+def _from_rwkv4(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    from longscan.pretrained._convert import convert
+
+    linear = {"r": "receptance", "k": "key", "v": "value"}
+    table = {f"{c}_proj.weight": f"{name}.weight" for c, name in linear.items()}
+    table |= {"out_proj.weight": "output.weight", "time_decay": "time_decay", "u": "time_first"}
+    out = convert(tensors, table | {"mu": " ".join(f"time_mix_{x}" for x in linear.values())})
+    return out | {"mu": 1 - out["mu"].flatten(0, 1)}
+
+
 # -- mambapy
 
 
@@ -210,10 +205,8 @@ def _mambapy(d_model: int) -> Side:
 
     def carry(x: Tensor) -> Any:
         # Its parallel scan returns no state: generation walks through the prompt.
-        cache = (None, x.new_zeros(x.shape[0], config.d_inner, config.d_conv - 1))
-        for t in range(x.shape[1]):
-            _, cache = step(cache, x[:, t : t + 1])
-        return cache
+        window = x.new_zeros(x.shape[0], config.d_inner, config.d_conv - 1)
+        return walk(step, (None, window), x)
 
     return Side(block, block, lambda x: (block(x), None), step, carry)
 
@@ -223,16 +216,16 @@ ROWS = (
     Row(
         "mamba-transformers", "mamba", "transformers",
         ("transformers.models.mamba.modeling_mamba",),
-        tokens, lambda d: _mixer("mamba", d), _hf_mamba,
+        tokens, lambda d: mixer("mamba", d), _hf_mamba,
     ),
     Row(
         "mamba-mambapy", "mamba", "mambapy", ("mambapy.mamba",),
-        tokens, lambda d: _mixer("mamba", d), _mambapy,
+        tokens, lambda d: mixer("mamba", d), _mambapy,
     ),
     Row(
         "mamba2-transformers", "mamba2", "transformers",
         ("transformers.models.mamba2.modeling_mamba2",),
-        tokens, lambda d: _mixer("mamba2", d, n_groups=1), _hf_mamba2,
+        tokens, lambda d: mixer("mamba2", d, n_groups=1), _hf_mamba2,
     ),
     Row(
         "delta-op-transformers", "gated delta rule (op)", "transformers", (_QWEN,),
@@ -241,8 +234,19 @@ ROWS = (
     Row(
         "gated_deltanet-transformers", "gated_deltanet", "transformers", (_QWEN,),
         tokens,
-        lambda d: _mixer("gated_deltanet", d, n_heads=d // 64, d_key=64, d_value=64),
+        lambda d: mixer("gated_deltanet", d, n_heads=d // 64, d_key=64, d_value=64),
         _hf_qwen,
         _from_qwen,
     ),
+    Row(
+        "mlstm_large-transformers", "mlstm_large", "transformers", ("transformers",),
+        tokens, lambda d: mixer("mlstm_large", d), _hf_xlstm, _from_hf_xlstm,
+    ),
+    Row(
+        "rwkv4-transformers", "rwkv4", "transformers",
+        ("transformers.models.rwkv.modeling_rwkv",),
+        tokens, lambda d: mixer("rwkv4", d), _hf_rwkv4, _from_rwkv4,
+        modes=("train", "prefill"),  # its step mixes up the sequences of a batch
+    ),
+    *authors.ROWS,
 )  # fmt: skip
