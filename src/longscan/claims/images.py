@@ -127,7 +127,7 @@ def smnist_holds(rows: list[Row]) -> tuple[bool, str]:
 _SPEECH = {
     "quick": {"every": 32, "d_model": 8, "n_layers": 1, "steps": 2, "batch": 2, "lr": 4e-3,
               "tests": 10},
-    "cpu": {"every": 4, "d_model": 64, "n_layers": 2, "steps": 300, "batch": 16, "lr": 4e-3,
+    "cpu": {"every": 4, "d_model": 64, "n_layers": 2, "steps": 700, "batch": 16, "lr": 4e-3,
             "tests": 200},
     "gpu": {"every": 1, "d_model": 128, "n_layers": 4, "steps": 800, "batch": 16, "lr": 4e-3,
             "tests": 200},
