@@ -121,3 +121,16 @@ def test_backend_of(monkeypatch):
         backend_of("decay", x)
     with pytest.raises(ValueError, match="unknown op"):
         backend_of("softmax", x)
+
+
+def test_a_triton_form_that_cannot_run_is_refused(monkeypatch):
+    x = torch.zeros(1)
+    assert backend_of("memory", x).name == "torch"
+    with pytest.raises(ValueError, match="CUDA device"):
+        backend_of("memory", x, "triton")
+    with pytest.raises(ValueError, match="no Triton form"):
+        backend_of("decay", x, "triton")
+    monkeypatch.setenv("LONGSCAN_BACKEND", "triton")
+    chosen = backend_of("decay", x)
+    assert chosen.name == "torch"
+    assert "no Triton form" in chosen.reason

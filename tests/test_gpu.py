@@ -9,18 +9,22 @@ from helpers import TOLERANCE, error
 
 from longscan.models.config import LanguageModelConfig
 from longscan.models.language_model import LanguageModel
-from longscan.registry import mixer_class, names
+from longscan.registry import entry, mixer_class, names
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 every_mixer = pytest.mark.parametrize("name", names())
+# Their answers change what they learn next, so that differences by rounding grow along a sequence.
+MEMORIES = tuple(n for n in names() if entry(n).taxonomy.startswith("test-time memory"))
+# A key near the border of two codewords gets the other one in bfloat16.
+QUANTISED = ("transformer_vq", "longvq")
 
 
 def build(name, d=64):
     torch.manual_seed(0)
-    m = mixer_class(name)(d).double()
+    m = mixer_class(name)(d).double().eval()
     with torch.no_grad():
         for p in m.parameters():
             p.add_(0.1 * torch.randn_like(p))
@@ -28,10 +32,12 @@ def build(name, d=64):
 
 
 @every_mixer
-@pytest.mark.parametrize("cu", [None, [0, 3, 70, 71, 300]])
-def test_same_as_on_the_cpu(name, cu):
+@pytest.mark.parametrize("packed", [False, True])
+def test_same_as_on_the_cpu(name, packed):
     """float64 on the device equals float64 here: outputs, states, gradients; packed or not."""
-    x = torch.randn(1, 300, 64, dtype=torch.float64)
+    length = 100 if name in MEMORIES else 300
+    cu = [0, 3, 70, 71, length] if packed else None
+    x = torch.randn(1, length, 64, dtype=torch.float64)
     results = []
     for device in ("cpu", "cuda"):
         m = build(name).to(device)
@@ -87,4 +93,8 @@ def test_bfloat16_is_close_to_float32(name):
     want, _ = m(x)
     with torch.autocast("cuda", dtype=torch.bfloat16):
         got, _ = m(x)
-    assert error(got.float(), want) < 0.05
+    if name in (*MEMORIES, *QUANTISED):
+        # Single numbers may differ more, for the reasons above; all of them together may not.
+        assert (got.float() - want).norm() < 0.05 * want.norm()
+    else:
+        assert error(got.float(), want) < 0.05

@@ -132,6 +132,7 @@ def test_sizes_and_settings():
 def test_dropout_and_reset():
     rnn = make(5, 16, 2, dropout=0.5, bidirectional=True)
     x = features(6, 2, 5)
+    rnn.train()
     assert not torch.equal(rnn(x)[0], rnn(x)[0])
     rnn.eval()
     assert torch.equal(rnn(x)[0], rnn(x)[0])

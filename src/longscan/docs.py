@@ -291,8 +291,11 @@ def _speed(rows: list[dict[str, str]]) -> str:
         if not r["peer_ms"]:
             cells[1] = prose(r["note"])
         runs.setdefault(about, []).append([peer, r["mode"], r["shape"], *cells])
-    parts = ["Medians of `longscan bench`, side by side with the peer's layer of equal weights in "
-             "float32; decode is one token, MiB the rise of memory at its peak."]  # fmt: skip
+    beside = "another of ours, for the cost alone"
+    if not {r["row"].rpartition("-")[2] for r in rows} <= set(registry.names()):
+        beside = "the peer's layer of equal weights"
+    parts = [f"Medians of `longscan bench`, side by side with {beside}, in float32; decode is one "
+             "token, MiB the rise of memory at its peak."]  # fmt: skip
     for about, cells in runs.items():
         parts += [f"{about}:", table(head, cells)]
     return "\n\n".join(parts)

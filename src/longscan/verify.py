@@ -113,8 +113,11 @@ def _look(g: Tensor, forbidden: Tensor, why: Callable[[int, int], str]) -> tuple
 
 
 def perturbed(module: nn.Module, seed: int = 0, scale: float = 0.1) -> Any:
-    """A copy whose parameters are moved off their values by noise, so that none is special."""
-    module = copy.deepcopy(module)
+    """A copy whose parameters are moved off their values by noise, so that none is special.
+
+    It is in evaluation mode: what learns or draws in training is no function of its input alone.
+    """
+    module = copy.deepcopy(module).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in module.parameters():

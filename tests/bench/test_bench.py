@@ -257,7 +257,7 @@ def test_a_peer_left_out_says_why():
 
 
 def test_every_row_has_a_target():
-    assert {row for row, _ in report.TARGETS} == {row.name for row in peers.ROWS}
+    assert {row for row, _ in report.TARGETS} == {row.name for row in peers.ROWS if row.same}
 
 
 def test_decode_targets():
@@ -340,6 +340,18 @@ def test_bad_arguments_are_explained(monkeypatch):
         cpu.main(["--d-model", "100"])
     with pytest.raises(ValueError, match="at least 4"):
         cpu.main(["--lengths", "1"])
+
+
+def test_another_architecture_is_timed_but_neither_compared_nor_judged(monkeypatch, capsys):
+    other = dataclasses.replace(toy_row(scale=1.0), same=False)
+    monkeypatch.setattr(cpu, "ROWS", (other,))
+    args = ["--quick", "--no-memory", "--seconds", "0", "--lengths", "8"]
+    assert cpu.main(args) == 0
+    out = capsys.readouterr().out
+    assert out.count("| gated delta rule (op) | torch |") == 3
+    assert "no targets are set" in out
+    assert result(same=False).ratio == 4
+    assert result(same=False).verdicts() == {}
 
 
 def test_only_the_calls_of_a_row_are_measured(monkeypatch, capsys):

@@ -1,4 +1,5 @@
 import gzip
+import json
 import lzma
 import wave
 from pathlib import Path
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from longscan.claims.datasets import mnist, spoken_digits
+from longscan.claims.datasets import mnist, movie_reviews, spoken_digits
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 
@@ -97,3 +98,53 @@ def test_real_data():
     assert train.x.shape == (1800, 8192)
     assert test.label.bincount().tolist() == [20] * 10
     assert 0.05 < train.x.abs().amax(1).median() < 1
+
+
+# -- movie reviews
+
+
+def test_reviews_as_distributed(tmp_path):
+    for kind in ("pos", "neg"):
+        (tmp_path / kind).mkdir()
+        for n in (0, 799, 800, 899, 900, 999):
+            (tmp_path / kind / f"cv{n:03}_{n}.txt").write_bytes(
+                f"{kind} {n} fin\xe9".encode("latin1")
+            )
+    train, test = movie_reviews(tmp_path, 9)
+    assert [bytes(x.tolist()) for x in test.x] == [
+        b"pos 900 f", b"pos 999 f", b"neg 900 f", b"neg 999 f"
+    ]  # fmt: skip
+    assert test.label.tolist() == [1, 1, 0, 0]
+    assert bytes(train.x[0].tolist()) == b"pos 0 fin"
+    assert len(train.x) == 4, "the fold between training and test is left alone"
+    assert movie_reviews(tmp_path, 40)[0].lengths.tolist() == [10, 12, 10, 12]
+    assert movie_reviews(tmp_path, 12)[0].x[0].tolist() == [*b"pos 0 fin", 0xE9, 0, 0]
+
+
+def test_reviews_compact(tmp_path):
+    folder = tmp_path / "movie_reviews"
+    folder.mkdir()
+    for name, texts in (("train", ["good \u00e9", "bad"]), ("test", ["so so"])):
+        lines = [
+            json.dumps({"text": t, "label": i, "id": "", "fold": 0}) for i, t in enumerate(texts)
+        ]
+        (folder / f"{name}.jsonl.xz").write_bytes(lzma.compress("\n".join(lines).encode()))
+    train, test = movie_reviews(tmp_path)
+    assert train.lengths.tolist() == [7, 3]
+    assert train.label.tolist() == [0, 1]
+    assert bytes(test.x[0, :6].tolist()) == b"so so\0"
+
+
+def test_reviews_refusals(tmp_path):
+    with pytest.raises(ValueError, match="give --data"):
+        movie_reviews(None)
+    with pytest.raises(ValueError, match="cv000"):
+        movie_reviews(tmp_path)
+
+
+@pytest.mark.skipif(not (SHARED / "movie_reviews").is_dir(), reason="the shared data are absent")
+def test_the_real_reviews():
+    train, test = movie_reviews(SHARED, 15000)
+    assert (len(train.x), len(test.x)) == (1600, 200)
+    assert train.label.float().mean() == test.label.float().mean() == 0.5
+    assert int(train.lengths.max()) > 10000

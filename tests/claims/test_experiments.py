@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from longscan.claims import CLAIMS, copying, recall, sinks, tracking
+from longscan.claims import CLAIMS, copying, recall, sinks, texts, tracking
 from longscan.claims.results import Row
 from longscan.claims.training import Job
 from longscan.cli import load
@@ -180,9 +180,9 @@ def test_windows_are_text_behind_a_bos(tmp_path):
     (tmp_path / "a.txt").write_bytes(bytes(range(10, 250)) * 100)
     size = {"length": 12, "batch": 5, "megabytes": 1.0}
     g = torch.Generator().manual_seed(0)
-    inputs, labels = sinks.windows(tmp_path, "train", size, g)
+    inputs, labels = texts.windows(tmp_path, "train", size, g)
     assert inputs.shape == labels.shape == (5, 12)
-    assert (inputs[:, 0] == sinks.BOS).all()
+    assert (inputs[:, 0] == texts.BOS).all()
     assert torch.equal(inputs[:, 1:], labels[:, :-1])
     step = (labels[:, 1:] - labels[:, :-1]) % 240
     assert (step == 1).all()

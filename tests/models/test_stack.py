@@ -1,6 +1,8 @@
 """The stack: its settings do what they say, and it is the middle of a language model."""
 
+import copy
 import itertools
+import pickle
 
 import ema
 import pytest
@@ -301,3 +303,70 @@ def test_bad_input():
             stack(x)
     with pytest.raises(ValueError, match="2 blocks"):
         stack(features(2, 5, 16), State())
+
+
+# -- what a mixer may ask of the model around it
+
+
+class Demanding(ema.MovingAverage):
+    """Normalises its input itself, and in training wants the loss to hold its input's square."""
+
+    owns_norm = True
+
+    def forward(self, x, state=None, *, cu_seqlens=None):
+        self.penalty = 0.1 * x.square().mean() if self.training else None
+        return super().forward(F.normalize(x, dim=-1), state, cu_seqlens=cu_seqlens)
+
+
+@pytest.fixture
+def demanding(monkeypatch):
+    entry = Entry("ema_demanding", Demanding, "A demanding moving average", "none", 2025, "linear")
+    monkeypatch.setitem(registry._entries, entry.name, entry)
+    torch.manual_seed(0)
+    config = LanguageModelConfig(11, d_model=8, n_layers=2, pattern="ema_demanding", mlp="none")
+    return LanguageModel(config).double()
+
+
+def test_a_mixer_with_its_own_norm_gets_the_residual_stream(demanding):
+    assert demanding.blocks[0].norm is None
+    x = torch.randn(1, 5, 8, dtype=F64)
+    y, _ = demanding.features(x)
+    first, _, _ = demanding.blocks[0](x)
+    mixed, _ = demanding.blocks[0].mixer(x)
+    torch.testing.assert_close(first, x + mixed)
+    assert torch.isfinite(y).all()
+    demanding.reset_parameters()
+
+
+def test_penalties_are_part_of_the_mean_loss_in_training_only(demanding):
+    ids = torch.randint(0, 11, (2, 6))
+    each = demanding.loss(ids, ids, reduction="none")[0]
+    loss, _ = demanding.loss(ids, ids)
+    penalty = demanding.penalty()
+    assert penalty > 0
+    torch.testing.assert_close(loss, each.mean() + penalty)
+    penalty.backward()
+    assert demanding.embedding.weight.grad.abs().max() > 0
+    demanding.eval()
+    torch.testing.assert_close(demanding.loss(ids, ids)[0], each.mean())
+    assert demanding.penalty() is None
+
+
+def test_a_penalty_is_neither_copied_nor_pickled(demanding):
+    ids = torch.randint(0, 11, (2, 6))
+    demanding.loss(ids, ids)
+    other = copy.deepcopy(demanding)
+    assert other.penalty() is None
+    assert pickle.loads(pickle.dumps(demanding.state_dict()))
+    torch.testing.assert_close(other(ids)[0], demanding(ids)[0])
+
+
+def test_penalties_survive_recomputed_blocks(demanding):
+    config = demanding.config.replace(checkpoint_blocks=True)
+    again = LanguageModel(config).double()
+    again.load_state_dict(demanding.state_dict())
+    ids = torch.randint(0, 11, (2, 6))
+    for model in (demanding, again):
+        model.loss(ids, ids)[0].backward()
+    for a, b in zip(demanding.parameters(), again.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)

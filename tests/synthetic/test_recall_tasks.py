@@ -6,6 +6,7 @@ import torch
 from longscan.synthetic.copying import copying, lagged
 from longscan.synthetic.induction import associative_recall, induction, induction_head
 from longscan.synthetic.mqar import mqar
+from longscan.synthetic.needle import MARKER, QUERY, needle
 
 
 def gen(seed=0):
@@ -24,6 +25,7 @@ CALLS = {
     "induction": lambda n, g: induction(n, 20, generator=g),
     "induction_head": lambda n, g: induction_head(n, triggers=3, generator=g),
     "associative_recall": lambda n, g: associative_recall(n, generator=g),
+    "needle": lambda n, g: needle(n, 40, needles=3, generator=g),
 }
 
 
@@ -185,3 +187,43 @@ def test_associative_recall(every):
         assert prefix == 18
         want = row[1:] if every else [-100] * 11
         assert labels == [*want, memory[asked]]
+
+
+# -- needles
+
+
+@pytest.mark.parametrize(
+    ("length", "needles", "queries"), [(64, 1, 1), (40, 6, 1), (20, 6, 1), (5, 1, 1), (30, 6, 6)]
+)
+def test_the_asked_needle_is_answered(length, needles, queries):
+    data = needle(60, length, needles=needles, queries=queries, generator=gen())
+    depths, places = set(), set()
+    for row, labels in rows(data):
+        starts = [i for i, t in enumerate(row) if t == MARKER]
+        assert len(starts) == needles
+        found = {row[i + 1]: row[i + 2] for i in starts}
+        assert len(found) == needles
+        assert all(1 <= k <= 64 < v <= 128 for k, v in found.items())
+        end = length - 2 * queries
+        noise = [t for i, t in enumerate(row[:end]) if all(not s <= i < s + 3 for s in starts)]
+        assert all(129 <= t <= 253 for t in noise)
+        assert row[end::2] == [QUERY] * queries
+        asked = row[end + 1 :: 2]
+        assert len(set(asked)) == queries
+        assert labels[:end] == [-100] * end
+        assert labels[end::2] == [-100] * queries
+        assert labels[end + 1 :: 2] == [found[k] for k in asked]
+        depths.update(starts)
+        places.add(list(found).index(row[-1]))
+    assert places == set(range(needles)), "any needle may be asked for"
+    if end > 3 * needles and queries == 1:
+        assert min(depths) < length // 4 < 3 * length // 5 < max(depths) + 3
+
+
+def test_needles_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="fit"):
+        needle(1, 10, needles=3, generator=gen())
+    with pytest.raises(ValueError, match="fit"):
+        needle(1, 400, needles=65, generator=gen())
+    with pytest.raises(ValueError, match="2 needles to ask"):
+        needle(1, 40, needles=2, queries=3, generator=gen())

@@ -1,10 +1,13 @@
-"""Rows beside the authors' own torch code: the xlstm package and the S4 repository."""
+"""Rows beside the authors' own torch code: the xlstm package, the S4, GAM and Mega repositories."""
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import math
+import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
@@ -18,6 +21,8 @@ S4 = (
     "git clone https://github.com/state-spaces/s4, put that folder on PYTHONPATH, and "
     "pip install scipy einops pytorch-lightning"
 )
+GAM = "git clone https://github.com/rishiraj/gam and put that folder on PYTHONPATH"
+MEGA = "git clone https://github.com/facebookresearch/mega and put that folder on PYTHONPATH"
 # It advises kernels that need a GPU when it is imported; its torch path is what is measured.
 logging.getLogger("models.s4.s4").disabled = True
 
@@ -144,6 +149,103 @@ def _from_s4d(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     return out
 
 
+# -- GAM and Mega: what is theirs includes the residual connection
+
+
+def _residual(name: str, d_model: int, **options: Any) -> Side:
+    """Our mixer, its input added to its output."""
+    side = mixer(name, d_model, **options)
+
+    def run(x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        y, state = side.prefill(x, state)
+        return x + y, state
+
+    return replace(side, forward=lambda x: run(x)[0], prefill=run, step=lambda s, x: run(x, s))
+
+
+class _Nothing(nn.Module):
+    """In the place of a feed-forward layer."""
+
+    def forward(self, x: Tensor) -> float:
+        return 0.0
+
+
+def _gam(d_model: int) -> Side:
+    peer = need("gam_model", GAM)
+    block = peer.GAMBlock(peer.ModelConfig(N_EMBED=d_model))
+    # Of the block only what our mixer is: no norms and no feed-forward layer.
+    block.ln1, block.ln2, block.ffn = nn.Identity(), nn.Identity(), _Nothing()
+
+    def step(cache: Any, x: Tensor) -> tuple[Tensor, Any]:
+        raise NotImplementedError("the authors' block has no state to decode with")
+
+    return Side(block, block, lambda x: (block(x), None), step, lambda x: None)
+
+
+def _from_gam(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    return {name.replace("causal_conv", "conv1d"): t for name, t in tensors.items()}
+
+
+@cache
+def _mega_class() -> Any:
+    """The authors' layer, which lies in their copy of fairseq.
+
+    Importing a package of fairseq imports all that is in it, which needs much that the layer does
+    not. So the packages are made but not run, and only the modules the layer asks for are.
+    """
+    for name in ("fairseq", "fairseq.data", "fairseq.modules"):
+        spec = None if name in sys.modules else importlib.util.find_spec(name)
+        if spec is not None:
+            sys.modules[name] = importlib.util.module_from_spec(spec)
+    gelu = need("fairseq.modules.gelu", MEGA)
+    # What fairseq.utils takes from a package itself; the layer calls neither.
+    vars(sys.modules["fairseq.modules"]).update(gelu=gelu.gelu, gelu_accurate=gelu.gelu_accurate)
+    module = need("fairseq.modules.moving_average_gated_attention", MEGA)
+    return module.MovingAverageGatedAttention
+
+
+def _mega(d_model: int, *, chunk: int | None = None) -> Side:
+    layer = _mega_class()(
+        d_model, zdim=d_model // 2, hdim=2 * d_model, ndim=16, rel_pos_bias="rotary",
+        chunk_size=chunk or -1, max_positions=2**14,
+    )  # fmt: skip
+    with torch.no_grad():  # as it starts, what attention reads hardly shows in the output
+        for p in (layer.gamma, *layer.rel_pos_bias.parameters()):
+            p.normal_(std=0.5)
+        for linear in (layer.v_proj, layer.mx_proj, layer.h_proj):
+            linear.weight.mul_(5)
+
+    @cache
+    def mask(length: int) -> Tensor:
+        with torch.inference_mode(False):
+            n = min(length, chunk or length)
+            return torch.full((n, n), -math.inf).triu(1)
+
+    def run(x: Tensor, state: Any = None) -> Tensor:
+        x = x.transpose(0, 1)
+        y, _ = layer(x, incremental_state=state, attn_mask=mask(len(x)) if len(x) > 1 else None)
+        return y.transpose(0, 1)
+
+    def step(state: Any, x: Tensor) -> tuple[Tensor, Any]:
+        return run(x, state), state  # changed in place
+
+    def prefill(x: Tensor) -> tuple[Tensor, Any]:
+        return step({}, x)
+
+    def ready(length: int) -> None:
+        mask(length)  # their decoder keeps it as well
+
+    return Side(layer, run, prefill, step, lambda x: prefill(x)[1], ready)
+
+
+def _from_mega(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    out = {name.replace("norm.norm", "norm"): t for name, t in tensors.items()}
+    out.pop("rel_pos_bias._float_tensor", None)  # holds nothing but its dtype
+    out["rel_bias"] = torch.cat([out.pop(f"rel_pos_bias.{part}") for part in ("alpha", "beta")])
+    average = ("move.delta", "move.alpha", "move.beta")
+    return out | {name: out[name].squeeze(-1) for name in average}
+
+
 ROWS = (
     Row(
         "mlstm-xlstm", "mlstm", "xlstm", ("xlstm",),
@@ -170,5 +272,19 @@ ROWS = (
         tokens, lambda d: mixer("s4", d),
         partial(_s4, mode="dplr", init="legs"), _from_s4, S4,
         unequal=frozenset({"C", "inv_dt", "A_real", "A_imag", "P"}),
+    ),
+    Row(
+        "gam-authors", "gam", "rishiraj/gam", ("gam_model",),
+        tokens, partial(_residual, "gam"), _gam, _from_gam, GAM, modes=("train",),
+    ),
+    # fairseq_cli lies beside fairseq, which is not imported as a whole.
+    Row(
+        "mega-authors", "mega", "facebookresearch/mega", ("fairseq_cli",),
+        tokens, partial(_residual, "mega"), _mega, _from_mega, MEGA,
+    ),
+    Row(
+        "mega-authors_chunk", "mega, chunks", "facebookresearch/mega", ("fairseq_cli",),
+        tokens, partial(_residual, "mega", chunk=128), partial(_mega, chunk=128), _from_mega,
+        MEGA,
     ),
 )  # fmt: skip

@@ -7,6 +7,7 @@ nothing that we ask users to install.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -211,6 +212,14 @@ def _mambapy(d_model: int) -> Side:
     return Side(block, block, lambda x: (block(x), None), step, carry)
 
 
+# -- architectures without a peer to run on a CPU: beside another of ours, for their cost
+
+RIVAL = "gated_deltanet"
+ALONE = (
+    "titans", "moneta", "yaad", "memora", "ttt", "titans_mac", "titans_mag", "titans_mal", "gam",
+    "gam_written", "wersa", "mega", "transformer_vq", "longvq",
+)  # fmt: skip
+
 _QWEN = "transformers.models.qwen3_next.modeling_qwen3_next"
 ROWS = (
     Row(
@@ -249,4 +258,11 @@ ROWS = (
         modes=("train", "prefill"),  # its step mixes up the sequences of a batch
     ),
     *authors.ROWS,
+    *(
+        Row(
+            f"{name}-{RIVAL}", name, f"{RIVAL} (ours)", (), tokens,
+            partial(mixer, name), partial(mixer, RIVAL), same=False,
+        )
+        for name in ALONE
+    ),
 )  # fmt: skip

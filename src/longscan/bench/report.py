@@ -24,7 +24,8 @@ DECODE_TARGET = 1.5
 # Beside the code that papers come with, ours must be no slower.
 _AUTHORS = (
     "mlstm-xlstm", "mlstm-xlstm_chunked", "slstm-xlstm", "mlstm_large-transformers",
-    "s4d-authors", "s4-authors", "rwkv4-transformers",
+    "s4d-authors", "s4-authors", "rwkv4-transformers", "gam-authors", "mega-authors",
+    "mega-authors_chunk",
 )  # fmt: skip
 # How many times faster than the peer each call should be, by row and mode; DECODE_TARGET for
 # decoding where nothing is said.
@@ -47,6 +48,7 @@ class Result:
     """One call of one layer, ours and the peer's; None where it was not measured, `why` says why.
 
     mib: growth of the process at its peak. error: largest relative difference of the two sides.
+    same: False if the peer is another architecture (see Row), so that nothing is judged.
     """
 
     row: str
@@ -62,6 +64,7 @@ class Result:
     peer_mib: float | None
     error: float | None = None
     why: str = ""
+    same: bool = True
 
     @property
     def ratio(self) -> float | None:
@@ -71,7 +74,7 @@ class Result:
     @property
     def judged(self) -> bool:
         """Whether targets are set for this shape."""
-        return (self.batch, self.length, self.d_model) in TARGET_SHAPES
+        return self.same and (self.batch, self.length, self.d_model) in TARGET_SHAPES
 
     @property
     def target(self) -> float | None:

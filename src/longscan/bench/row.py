@@ -48,6 +48,8 @@ class Row:
     modes: the calls that can be compared.
     unequal: our parameters whose gradients differ from the peer's by construction; those of all
     others, and of the inputs, must agree.
+    same: False if the peer is another architecture, set beside ours for its cost alone: weights and
+    outputs are not compared, and no targets are judged.
     """
 
     name: str
@@ -61,6 +63,7 @@ class Row:
     install: str = EXTRA
     modes: tuple[str, ...] = MODES
     unequal: frozenset[str] = frozenset()
+    same: bool = True
 
     def missing(self) -> ModuleNotFoundError | None:
         """Why the peer cannot be imported, if it cannot."""

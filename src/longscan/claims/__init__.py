@@ -214,6 +214,111 @@ _all = (
         seeds=1,
         gpu="8 kHz, 4 layers of 128",
     ),
+    Claim(
+        "outliers",
+        "longscan.claims.outliers:outliers",
+        "longscan.claims.outliers:outliers_hold",
+        "A memory that minimises the Huber loss of Yaad keeps recalling when a tenth of the values "
+        "are outliers; with the l2 loss it learns nothing.",
+        "Miras, arXiv 2504.13173, section 5.2",
+        ("ttt", "yaad", "moneta"),
+        minutes=0.2,
+    ),
+    Claim(
+        "test_time_recall",
+        "longscan.claims.needles:test_time_recall",
+        "longscan.claims.needles:test_time_recall_holds",
+        "Memories that learn at test time solve multi-query associative recall at the parameters "
+        "of Gated DeltaNet.",
+        "Miras, arXiv 2504.13173, section 6 (needle tasks); Titans, arXiv 2501.00663",
+        ("gated_deltanet", "titans", "moneta", "yaad", "memora"),
+        minutes=8,
+        seeds=1,
+        gpu="32 pairs in 256 tokens, vocabulary 8192",
+    ),
+    Claim(
+        "needles",
+        "longscan.claims.needles:needles",
+        "longscan.claims.needles:needles_hold",
+        "Beyond the trained length Titans, Moneta, Yaad and Memora find needles in noise better "
+        "than Gated DeltaNet.",
+        "Miras, arXiv 2504.13173, table of S-NIAH (93.5, 92.9, 92.1 against 75.8)",
+        ("gated_deltanet", "titans", "moneta", "yaad", "memora"),
+        minutes=8,
+        seeds=1,
+        gpu="256 tokens, tested to 4096",
+    ),
+    Claim(
+        "staleness",
+        "longscan.claims.language:staleness",
+        "longscan.claims.language:staleness_holds",
+        "A memory trained with gradients that are up to 16 tokens old can be read out exactly, "
+        "token by token.",
+        "Learning to (Learn at Test Time), arXiv 2407.04620, section 2.4; Miras, arXiv 2504.13173, "
+        "section 5.4",
+        ("titans", "moneta", "yaad", "memora", "ttt"),
+        minutes=5,
+        seeds=1,
+        gpu="width 128",
+    ),
+    Claim(
+        "language",
+        "longscan.claims.language:language",
+        "longscan.claims.language:language_holds",
+        "At equal parameters Titans, Moneta, Yaad and Memora model text better than Gated DeltaNet "
+        "and GLA; the other architectures stand beside them.",
+        "Miras, arXiv 2504.13173, table 2; Titans, arXiv 2501.00663, table 1",
+        ("gated_deltanet", "gla", "titans", "moneta", "yaad", "memora", "ttt", "titans_mac",
+         "titans_mag", "titans_mal", "gam", "gam_written", "wersa", "mega", "transformer_vq",
+         "longvq"),
+        minutes=20,
+        gpu="width 128",
+    ),
+    Claim(
+        "gam_reach",
+        "longscan.claims.slots:gam_reach",
+        "longscan.claims.slots:gam_reach_holds",
+        "A bank that is read token by token carries nothing from one token to another: GAM sees "
+        "1 + L (k - 1) tokens; a bank that the sequence writes sees all.",
+        "ours, of GAM, arXiv 2509.00605, which speaks of global context",
+        ("gam", "gam_written", "gla"),
+        minutes=2,
+        seeds=1,
+    ),
+    Claim(
+        "wersa_kernel",
+        "longscan.claims.spectral:wersa_kernel",
+        "longscan.claims.spectral:wersa_kernel_holds",
+        "The random features of WERSA, with a matrix for queries and one for keys, approximate a "
+        "kernel of the angle between them.",
+        "WERSA, arXiv 2507.08637, section 3",
+        ("wersa",),
+        minutes=0.1,
+    ),
+    Claim(
+        "reviews",
+        "longscan.claims.spectral:reviews",
+        "longscan.claims.spectral:reviews_hold",
+        "WERSA classifies long documents as well as softmax attention, at a cost that grows "
+        "linearly with their length.",
+        "WERSA, arXiv 2507.08637, ArXiv classification",
+        ("wersa", "attention"),
+        minutes=4,
+        data="movie_reviews",
+        seeds=1,
+        gpu="4096 bytes, width 128, costs to 32768",
+    ),
+    Claim(
+        "longvq_cost",
+        "longscan.claims.quantised:longvq_cost",
+        "longscan.claims.quantised:longvq_cost_holds",
+        "Softmax attention over quantised keys is computed exactly in linear time.",
+        "LongVQ, arXiv 2404.11163; Transformer-VQ, arXiv 2309.16354, section 3",
+        ("longvq", "attention"),
+        minutes=1,
+        seeds=1,
+        gpu="width 256, to 65536 tokens",
+    ),
 )  # fmt: skip
 
 CLAIMS: dict[str, Claim] = {claim.name: claim for claim in _all}

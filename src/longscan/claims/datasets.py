@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import lzma
 import re
 import wave
@@ -20,6 +21,10 @@ MNIST = (
 SPEECH = (
     "the Free Spoken Digit Dataset: recordings/0_george_0.wav and so on "
     "(github.com/Jakobovski/free-spoken-digit-dataset)"
+)
+REVIEWS = (
+    "the movie reviews (sentiment polarity v2.0): pos/cv000_29590.txt and so on "
+    "(cs.cornell.edu/people/pabo/movie-review-data)"
 )
 
 
@@ -135,3 +140,38 @@ def _padded(clips: list[np.ndarray], label: np.ndarray, longest: int) -> Split:
         row[: clip.size] = clip[:longest] / 32768
     lengths = torch.tensor([min(clip.size, longest) for clip in clips])
     return Split(torch.from_numpy(x), torch.from_numpy(label.astype(np.int64)), lengths)
+
+
+def movie_reviews(folder: Path | None, longest: int = 4096) -> tuple[Split, Split]:
+    """Training and test reviews as bytes, x [n, longest] uint8, cut or zero-padded; 1: positive.
+
+    The folder holds pos/cv000_29416.txt, neg/... (files 900 to 999 of each are the test set, the
+    last of the ten published folds), or train.jsonl.xz and test.jsonl.xz.
+    Raises: ValueError if it holds neither.
+    """
+    folder = _existing(folder, REVIEWS, "movie_reviews")
+    if (folder / "train.jsonl.xz").is_file():
+        parts = []
+        for name in ("train", "test"):
+            lines = _unpacked(folder / f"{name}.jsonl.xz").decode().splitlines()
+            parts.append([(r["text"].encode(), int(r["label"])) for r in map(json.loads, lines)])
+    else:
+        files = sorted((folder / "pos").glob("cv*.txt")) + sorted((folder / "neg").glob("cv*.txt"))
+        if not files:
+            raise ValueError(f"{folder} has no reviews; --data must hold {REVIEWS}")
+        parts = [[], []]
+        for file in files:
+            # Folds 0 to 7 train, as in the compact form; the fold between is for choosing.
+            fold = int(file.name[2:5]) // 100
+            if fold != 8:
+                parts[fold == 9].append((file.read_bytes(), int(file.parent.name == "pos")))
+    return tuple(_padded_bytes(part, longest) for part in parts)  # type: ignore[return-value]
+
+
+def _padded_bytes(texts: list[tuple[bytes, int]], longest: int) -> Split:
+    x = np.zeros((len(texts), longest), np.uint8)
+    for row, (text, _) in zip(x, texts, strict=True):
+        cut = np.frombuffer(text[:longest], np.uint8)
+        row[: cut.size] = cut
+    lengths = torch.tensor([min(len(text), longest) for text, _ in texts])
+    return Split(torch.from_numpy(x), torch.tensor([label for _, label in texts]), lengths)

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import cache, partial
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from longscan.claims.results import Row, mean
+from longscan.claims.texts import BOS, windows
 from longscan.claims.training import Batch, Job, examples, labelled_loss
-from longscan.language.corpus import open_corpus
 from longscan.mixers.attention import Attention
 from longscan.models import LanguageModel, LanguageModelConfig
 
-BOS = 256  # behind the 256 bytes
 LOSS, BIGGEST = "validation loss", "largest activation"
 SINK, EVEN = "attention on the first token", "the same, if spread evenly"
 
@@ -34,37 +32,6 @@ _CASES = {
         "gated_attention", {"gate": "sdpa"}, {SINK: "0.048", LOSS: "perplexity 5.761"},
     ),
 }  # fmt: skip
-
-
-@cache
-def text(data: Path | None, split: str, megabytes: float) -> Tensor:
-    """Bytes of a split of the corpus, uint8, at most so many."""
-    most, parts, size = int(megabytes * 1e6), [], 0
-    corpus = open_corpus(data)
-    pieces = corpus.sample(most) if split == "train" else (d for _, d in corpus.documents("valid"))
-    for piece in pieces:
-        parts.append(piece[: most - size])
-        size += len(parts[-1])
-        if size >= most:
-            break
-    if size < 1000:
-        raise ValueError(f"{corpus.source} has only {size} bytes of text to {split} on")
-    return torch.frombuffer(bytearray(b"".join(parts)), dtype=torch.uint8)
-
-
-def windows(
-    data: Path | None, split: str, size: dict[str, Any], generator: torch.Generator
-) -> Batch:
-    """Random stretches of the text, a BOS before each: inputs, and the byte that follows each."""
-    source = text(data, split, size["megabytes"] if split == "train" else 1.0)
-    length, device = size["length"], generator.device
-    starts = torch.randint(
-        len(source) - length, (size["batch"], 1), generator=generator, device=device
-    )
-    places = starts.cpu() + torch.arange(length)
-    labels = source[places].long().to(device)
-    front = labels.new_full((len(labels), 1), BOS)
-    return torch.cat([front, labels[:, :-1]], 1), labels
 
 
 @torch.no_grad()

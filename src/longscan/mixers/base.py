@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,16 +22,20 @@ class Mixer(nn.Module):
     Decoding is the same call with T = 1. forward(whole) equals forward(part 1), forward(part 2,
     state 1), ... for any cut.
 
-    keep_float32: parameters that stay float32 after `.to(bfloat16)` or `.half()`.
+    keep_float32: parameters and buffers that stay float32 after `.to(bfloat16)` or `.half()`.
     no_weight_decay: parameters that must not be decayed, beyond those with fewer than two axes.
     lr_limit: parameter -> the largest learning rate it may get, whatever the model's is.
+    owns_norm: True if the mixer normalises its input itself and wants the residual stream as it is.
+    penalty: what the last forward in training adds to the model's loss (a scalar), or None.
     shares_value: True if the mixer has `mix(..., first=) -> (y, state, first)`, where `first` is
     what the first such mixer of a model made of the same tokens (RWKV-7's value residual).
     """
 
     keep_float32: ClassVar[tuple[str, ...]] = ()
     no_weight_decay: ClassVar[tuple[str, ...]] = ()
+    owns_norm: ClassVar[bool] = False
     shares_value: ClassVar[bool] = False
+    penalty: Tensor | None = None
     lr_limit: Mapping[str, float] = MappingProxyType({})
 
     d_model: int
@@ -49,6 +53,10 @@ class Mixer(nn.Module):
     ) -> tuple[Tensor, State]:
         raise NotImplementedError(f"{type(self).__name__} is abstract")
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A penalty belongs to the graph of one forward, and can be neither copied nor saved.
+        return {k: v for k, v in self.__dict__.items() if k != "penalty"}
+
     def _check_input(self, x: Tensor) -> None:
         if x.ndim != 3 or x.shape[-1] != self.d_model or x.shape[1] == 0:
             raise ValueError(
@@ -59,8 +67,14 @@ class Mixer(nn.Module):
     def _apply(self, fn, recurse: bool = True):
         parameters = [self._parameters.get(name) for name in self.keep_float32]
         kept = [(p, p.data) for p in parameters if p is not None]
+        buffers = {n: b for n in self.keep_float32 if (b := self._buffers.get(n)) is not None}
         super()._apply(fn, recurse)
+        narrow = (torch.float16, torch.bfloat16)
         for p, data in kept:
-            if p.dtype in (torch.float16, torch.bfloat16):
+            if p.dtype in narrow:
                 p.data = data.to(p.device, torch.float32)
+        for name, data in buffers.items():
+            moved = self._buffers[name]
+            if moved is not None and moved.dtype in narrow:
+                self._buffers[name] = data.to(moved.device, torch.float32)
         return self

@@ -57,6 +57,10 @@ class Bidirectional(Mixer):
         if len(shares) > 1:
             raise ValueError("either both mixers share the first layer's value, or none")
         self.shares_value = shares.pop()  # type: ignore[misc]
+        norms = {m.owns_norm for m in mixer}
+        if len(norms) > 1:
+            raise ValueError("either both mixers normalise their input themselves, or none")
+        self.owns_norm = norms.pop()  # type: ignore[misc]
         if combine == "concat":
             self.out_proj = nn.Linear(2 * d_model, d_model, bias=False)
 

@@ -105,7 +105,7 @@ def build_mixer(
 class Block(nn.Module):
     """A pre-norm residual block.
 
-        x <- x + dropout(mixer(norm(x)))
+        x <- x + dropout(mixer(norm(x)))             without the norm if the mixer owns one
         x <- x + dropout(mlp(mlp_norm(x)))          if the block has an MLP
 
     Shapes: x [B, T, d_model]; state: the mixer's. `first` is None, or for mixers with
@@ -117,7 +117,7 @@ class Block(nn.Module):
 
     def __init__(self, mixer: Mixer, config: StackConfig, *, mlp: bool) -> None:
         super().__init__()
-        self.norm = build_norm(config)
+        self.norm = None if mixer.owns_norm else build_norm(config)
         self.mixer = mixer
         self.mlp_norm = build_norm(config) if mlp else None
         c = config
@@ -150,11 +150,12 @@ class Block(nn.Module):
         cu_seqlens: Tensor | None = None,
         first: Any = None,
     ) -> tuple[Tensor, State, Any]:
+        u = x if self.norm is None else self.norm(x)
         if self.mixer.shares_value:
             mix: Any = self.mixer.mix
-            y, carried, first = mix(self.norm(x), state, cu_seqlens=cu_seqlens, first=first)
+            y, carried, first = mix(u, state, cu_seqlens=cu_seqlens, first=first)
         else:
-            y, carried = self.mixer(self.norm(x), state, cu_seqlens=cu_seqlens)
+            y, carried = self.mixer(u, state, cu_seqlens=cu_seqlens)
         x = x + self.dropout(y)
         if self.mlp is not None and self.mlp_norm is not None:
             x = x + self.dropout(self.mlp(self.mlp_norm(x)))

@@ -155,7 +155,10 @@ class Classifier(Stack):
         cu_seqlens: Tensor | None = None,
         reduction: str = "mean",
     ) -> Tensor:
-        """Cross entropy of labels [B] in 0..n_classes - 1; reduction: mean | sum | none ([B])."""
+        """Cross entropy of labels [B] in 0..n_classes - 1; reduction: mean | sum | none ([B]).
+
+        In training the mean contains the penalties of mixers that have some (see Mixer).
+        """
         logits = self(x, lengths=lengths, cu_seqlens=cu_seqlens)
         if labels.shape != logits.shape[:1]:
             raise ValueError(
@@ -170,7 +173,10 @@ class Classifier(Stack):
                 raise ValueError(
                     f"labels lie in {low}..{high}, outside 0..{self.config.n_classes - 1}"
                 )
-        return F.cross_entropy(widen(logits), labels, reduction=reduction)
+        loss = F.cross_entropy(widen(logits), labels, reduction=reduction)
+        if reduction == "mean" and (penalty := self.penalty()) is not None:
+            loss = loss + penalty
+        return loss
 
 
 def _unpad(x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:

@@ -111,7 +111,8 @@ class LanguageModel(Stack):
     ) -> tuple[Tensor, State]:
         """Cross entropy of targets [B, T] (-100: none) and the state; logits are never whole.
 
-        reduction: mean over tokens with a target (0 if there are none) | sum | none ([B, T]).
+        reduction: mean over tokens with a target (0 if there are none) | sum | none ([B, T]). In
+        training the mean contains the penalties of mixers that have some (see Mixer).
         """
         if targets.shape != ids.shape:
             raise ValueError(
@@ -126,6 +127,8 @@ class LanguageModel(Stack):
             n_classes=self.config.vocab_size,
             logit_cap=self.config.logit_cap,
         )
+        if reduction == "mean" and (penalty := self.penalty()) is not None:
+            loss = loss + penalty
         return (loss.view_as(targets) if reduction == "none" else loss), state
 
 

@@ -125,6 +125,12 @@ class Stack(nn.Module):
     ) -> tuple[Tensor, State]:
         return self.features(x, state, cu_seqlens=cu_seqlens)
 
+    def penalty(self) -> Tensor | None:
+        """What mixers want added to the loss of the last forward in training, or None."""
+        asked = [m.penalty for m in self.modules() if isinstance(m, Mixer)]
+        penalties = [p for p in asked if p is not None]
+        return torch.stack(penalties).sum() if penalties else None
+
     def parameter_groups(
         self, *, weight_decay: float, lr: float, decay_embeddings: bool = False
     ) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any
 
@@ -15,9 +16,11 @@ from longscan.ops._layout import check_cu_seqlens
 
 OPS = (
     "decay", "delta", "selective", "trapezoid", "lti", "mlstm", "slstm", "dplr", "wkv",
-    "attention", "conv",
+    "memory", "slots", "vq", "attention", "conv",
 )  # fmt: skip
-BACKENDS = ("reference", "torch")
+BACKENDS = ("reference", "torch", "triton")
+KERNELS = {"memory": "two layers with a norm in one kernel; other memories in PyTorch, by chunks"}
+"""Ops with a Triton form, and what it covers."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ def backend_of(op: str, x: Tensor, backend: str | None = None) -> Backend:
     An explicit `backend` wins over the environment variable LONGSCAN_BACKEND, which wins over the
     default. All implementations compute the same function; they differ in speed only.
 
-    Raises: ValueError for an unknown op or backend.
+    Raises: ValueError for an unknown op or backend, or one that cannot run here.
     """
     if op not in OPS:
         raise ValueError(f"unknown op {op!r}; known: {', '.join(OPS)}")
@@ -44,14 +47,29 @@ def backend_of(op: str, x: Tensor, backend: str | None = None) -> Backend:
     if asked:
         if asked not in BACKENDS:
             raise ValueError(f"unknown backend {asked!r}; choose from {', '.join(BACKENDS)}")
+        if asked == "triton" and not fused(op, x):
+            why = "has no Triton form" if op not in KERNELS else "needs Triton and a CUDA device"
+            if backend is not None:
+                raise ValueError(f"backend 'triton': the op {op} {why}")
+            return Backend("torch", f"{where} is triton, but the op {why}")
         return Backend(asked, where)
+    if fused(op, x):
+        return Backend("triton", KERNELS[op])
     return Backend("torch", f"the chunked PyTorch form, the only fast one for {x.device.type} yet")
+
+
+def fused(op: str, x: Tensor) -> bool:
+    """Whether the op has a Triton form that runs on inputs like x."""
+    if op not in KERNELS or not x.is_cuda or torch.compiler.is_compiling():
+        return False
+    return find_spec("triton") is not None
 
 
 def choose(op: str, x: Tensor, backend: str | None, forms: dict[str, Callable]) -> Callable:
     """The function among `forms` that `backend_of` names."""
     if backend is None and "LONGSCAN_BACKEND" not in os.environ:
-        return forms["torch"]  # what backend_of answers, without its words
+        # What backend_of answers, without its words.
+        return forms["triton" if fused(op, x) else "torch"]
     return forms[backend_of(op, x, backend).name]
 
 
