@@ -94,8 +94,11 @@ def test_packed_sequences(algorithm):
     check(d=32, batch=1, length=150, bias="l2", algorithm=algorithm, chunk=16, cu=cu)
 
 
-def test_it_is_what_runs():
+def test_it_runs_when_asked_for(monkeypatch):
     x = torch.zeros(1, device="cuda")
+    assert backend_of("memory", x).name == "torch"
+    assert backend_of("memory", x, "triton").name == "triton"
+    monkeypatch.setenv("LONGSCAN_BACKEND", "triton")
     assert backend_of("memory", x).name == "triton"
     assert backend_of("decay", x).name == "torch"
     with pytest.raises(ValueError, match="no Triton form"):
@@ -114,6 +117,7 @@ def test_no_second_derivatives():
     weights = [torch.randn(2, 64, 16, device="cuda"), torch.randn(2, 16, 64, device="cuda")]
     norm = (torch.ones(2, 16, device="cuda"), torch.zeros(2, 16, device="cuda"))
     eta = torch.full((1, 64, 2), 0.1, device="cuda")
-    y, _ = memory(x, x, x, eta, weights=weights, norm=norm, rule=Rule(retention="none"))
+    rule = Rule(retention="none")
+    y, _ = memory(x, x, x, eta, weights=weights, norm=norm, rule=rule, backend="triton")
     with pytest.raises(RuntimeError, match="LONGSCAN_BACKEND=reference"):
         torch.autograd.grad(y.sum(), x, create_graph=True)

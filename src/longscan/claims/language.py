@@ -20,7 +20,7 @@ PARAMETERS = "parameters"
 _SIZES: dict[str, dict[str, Any]] = {
     "quick": {"length": 16, "batch": 2, "steps": 3, "d_model": 32, "d_ff": 256, "megabytes": 0.05,
               "tests": 1, "lr": 2e-3},
-    "cpu": {"length": 256, "batch": 8, "steps": 300, "d_model": 64, "d_ff": 320, "megabytes": 8,
+    "cpu": {"length": 256, "batch": 8, "steps": 150, "d_model": 64, "d_ff": 320, "megabytes": 8,
             "tests": 16, "lr": 4e-3},
     "gpu": {"length": 256, "batch": 32, "steps": 600, "d_model": 128, "d_ff": 512,
             "megabytes": 24, "tests": 16, "lr": 3e-3},
@@ -129,7 +129,7 @@ CHUNKS = (1, 16, 64)
 _STALE = ("titans", "moneta", "yaad", "memora", "ttt")
 _STALE_SIZES = {
     "quick": _SIZES["quick"],
-    "cpu": {**_SIZES["cpu"], "steps": 200, "tests": 2},
+    "cpu": {**_SIZES["cpu"], "tests": 2},
     "gpu": {**_SIZES["gpu"], "steps": 400, "tests": 4},
 }
 

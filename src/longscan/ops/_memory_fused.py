@@ -47,7 +47,7 @@ class Launch(NamedTuple):
 
 # Width of a head -> launches of forward and backward; measured on an H100, see docs/LOG.md.
 LAUNCHES = {
-    16: (Launch(16, 4, 1), Launch(16, 4, 1)),
+    16: (Launch(32, 4, 1), Launch(32, 4, 1)),
     32: (Launch(32, 4, 1), Launch(32, 4, 1)),
     64: (Launch(16, 4, 2), Launch(32, 8, 2)),
 }

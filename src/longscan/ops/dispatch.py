@@ -19,8 +19,8 @@ OPS = (
     "memory", "slots", "vq", "attention", "conv",
 )  # fmt: skip
 BACKENDS = ("reference", "torch", "triton")
-KERNELS = {"memory": "two layers with a norm in one kernel; other memories in PyTorch, by chunks"}
-"""Ops with a Triton form, and what it covers."""
+KERNELS = ("memory",)
+"""Ops with a Triton form. None is chosen unless it is asked for: not all launches are proved yet."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,6 @@ def backend_of(op: str, x: Tensor, backend: str | None = None) -> Backend:
                 raise ValueError(f"backend 'triton': the op {op} {why}")
             return Backend("torch", f"{where} is triton, but the op {why}")
         return Backend(asked, where)
-    if fused(op, x):
-        return Backend("triton", KERNELS[op])
     return Backend("torch", f"the chunked PyTorch form, the only fast one for {x.device.type} yet")
 
 
@@ -68,8 +66,7 @@ def fused(op: str, x: Tensor) -> bool:
 def choose(op: str, x: Tensor, backend: str | None, forms: dict[str, Callable]) -> Callable:
     """The function among `forms` that `backend_of` names."""
     if backend is None and "LONGSCAN_BACKEND" not in os.environ:
-        # What backend_of answers, without its words.
-        return forms["triton" if fused(op, x) else "torch"]
+        return forms["torch"]  # what backend_of answers, without its words
     return forms[backend_of(op, x, backend).name]
 
 
