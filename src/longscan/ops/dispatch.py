@@ -20,7 +20,7 @@ OPS = (
 )  # fmt: skip
 BACKENDS = ("reference", "torch", "triton")
 KERNELS = ("memory",)
-"""Ops with a Triton form. None is chosen unless it is asked for: not all launches are proved yet."""
+"""Ops with a Triton form, which runs only when asked for: not all launches are proved yet."""
 
 
 @dataclass(frozen=True)
