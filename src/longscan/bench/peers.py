@@ -212,7 +212,7 @@ def _mambapy(d_model: int) -> Side:
     return Side(block, block, lambda x: (block(x), None), step, carry)
 
 
-# -- architectures without a peer to run on a CPU: beside another of ours, for their cost
+# -- what most have no peer for that runs on a CPU: beside another of ours, for their cost
 
 RIVAL = "gated_deltanet"
 ALONE = (
