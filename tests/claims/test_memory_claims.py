@@ -190,8 +190,8 @@ def test_kernel_verdict():
 
 
 def test_reviews_verdict():
-    def found(accuracy, ms):
-        right = dict.fromkeys(spectral._READERS, 0.7) | {"wersa": accuracy}
+    def found(accuracy, ms, attention=0.7):
+        right = dict.fromkeys(spectral._READERS, attention) | {"wersa": accuracy}
         took = dict.fromkeys(spectral._READERS, 10.0) | {"wersa": ms}
         near = dict.fromkeys(spectral._READERS, 5.0)
         return spectral.reviews_hold(
@@ -201,6 +201,7 @@ def test_reviews_verdict():
     assert found(0.68, 5.0)
     assert not found(0.66, 5.0)
     assert not found(0.8, 11.0)
+    assert not found(0.5, 5.0, attention=0.5)
 
 
 # -- cost
