@@ -129,8 +129,8 @@ def test_a_triton_form_that_cannot_run_is_refused(monkeypatch):
     with pytest.raises(ValueError, match="CUDA device"):
         backend_of("memory", x, "triton")
     with pytest.raises(ValueError, match="no Triton form"):
-        backend_of("decay", x, "triton")
+        backend_of("vq", x, "triton")
     monkeypatch.setenv("LONGSCAN_BACKEND", "triton")
-    chosen = backend_of("decay", x)
+    chosen = backend_of("vq", x)
     assert chosen.name == "torch"
     assert "no Triton form" in chosen.reason

@@ -9,17 +9,16 @@ from helpers import TOLERANCE, error
 
 from longscan.models.config import LanguageModelConfig
 from longscan.models.language_model import LanguageModel
-from longscan.registry import entry, mixer_class, names
+from longscan.registry import mixer_class, names
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
+# In bfloat16 a key near the border of two codewords may get the other one: single outputs then
+# differ (0.13 of the largest on an H100), all of them together do not.
+QUANTISED = ("transformer_vq",)
 every_mixer = pytest.mark.parametrize("name", names())
-# Their answers change what they learn next, so that differences by rounding grow along a sequence.
-MEMORIES = tuple(n for n in names() if entry(n).taxonomy.startswith("test-time memory"))
-# A key near the border of two codewords gets the other one in bfloat16.
-QUANTISED = ("transformer_vq", "longvq")
 
 
 def build(name, d=64):
@@ -35,9 +34,8 @@ def build(name, d=64):
 @pytest.mark.parametrize("packed", [False, True])
 def test_same_as_on_the_cpu(name, packed):
     """float64 on the device equals float64 here: outputs, states, gradients; packed or not."""
-    length = 100 if name in MEMORIES else 300
-    cu = [0, 3, 70, 71, length] if packed else None
-    x = torch.randn(1, length, 64, dtype=torch.float64)
+    cu = [0, 3, 70, 71, 300] if packed else None
+    x = torch.randn(1, 300, 64, dtype=torch.float64)
     results = []
     for device in ("cpu", "cuda"):
         m = build(name).to(device)
@@ -93,8 +91,7 @@ def test_bfloat16_is_close_to_float32(name):
     want, _ = m(x)
     with torch.autocast("cuda", dtype=torch.bfloat16):
         got, _ = m(x)
-    if name in (*MEMORIES, *QUANTISED):
-        # Single numbers may differ more, for the reasons above; all of them together may not.
+    if name in QUANTISED:
         assert (got.float() - want).norm() < 0.05 * want.norm()
     else:
         assert error(got.float(), want) < 0.05

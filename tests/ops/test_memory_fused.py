@@ -94,15 +94,15 @@ def test_packed_sequences(algorithm):
     check(d=32, batch=1, length=150, bias="l2", algorithm=algorithm, chunk=16, cu=cu)
 
 
-def test_it_runs_when_asked_for(monkeypatch):
+def test_it_runs_by_default(monkeypatch):
     x = torch.zeros(1, device="cuda")
-    assert backend_of("memory", x).name == "torch"
-    assert backend_of("memory", x, "triton").name == "triton"
-    monkeypatch.setenv("LONGSCAN_BACKEND", "triton")
     assert backend_of("memory", x).name == "triton"
-    assert backend_of("decay", x).name == "torch"
+    assert backend_of("memory", x, "torch").name == "torch"
+    assert backend_of("vq", x).name == "torch"
     with pytest.raises(ValueError, match="no Triton form"):
-        backend_of("decay", x, "triton")
+        backend_of("vq", x, "triton")
+    monkeypatch.setenv("LONGSCAN_BACKEND", "torch")
+    assert backend_of("memory", x).name == "torch"
 
 
 def test_two_runs_are_bitwise_equal():

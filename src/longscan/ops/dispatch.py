@@ -20,7 +20,9 @@ OPS = (
 )  # fmt: skip
 BACKENDS = ("reference", "torch", "triton")
 KERNELS = ("memory",)
-"""Ops with a Triton form, which runs only when asked for: not all launches are proved yet."""
+"""Ops with a Triton form."""
+PROVED = ("memory",)
+"""Those whose Triton form runs by default on CUDA: every launch was checked on a GPU."""
 
 
 @dataclass(frozen=True)
@@ -53,21 +55,41 @@ def backend_of(op: str, x: Tensor, backend: str | None = None) -> Backend:
                 raise ValueError(f"backend 'triton': the op {op} {why}")
             return Backend("torch", f"{where} is triton, but the op {why}")
         return Backend(asked, where)
+    if op in PROVED and fused(op, x):
+        return Backend("triton", f"the kernel for {x.device.type}, where it fits the sizes")
     return Backend("torch", f"the chunked PyTorch form, the only fast one for {x.device.type} yet")
 
 
 def fused(op: str, x: Tensor) -> bool:
-    """Whether the op has a Triton form that runs on inputs like x."""
-    if op not in KERNELS or not x.is_cuda or torch.compiler.is_compiling():
+    """Whether the op has a Triton form that runs on inputs like x (or in Triton's interpreter)."""
+    if op not in KERNELS or not (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
+        return False
+    if op == "memory" and torch.compiler.is_compiling():  # not a custom op, unlike the others
         return False
     return find_spec("triton") is not None
 
 
-def choose(op: str, x: Tensor, backend: str | None, forms: dict[str, Callable]) -> Callable:
-    """The function among `forms` that `backend_of` names."""
-    if backend is None and "LONGSCAN_BACKEND" not in os.environ:
+def choose(
+    op: str,
+    x: Tensor,
+    backend: str | None,
+    forms: dict[str, Callable],
+    fits: Callable[[], bool] | None = None,
+) -> Callable:
+    """The function among `forms` that `backend_of` names; "torch" where the kernel does not fit.
+
+    Raises: ValueError where the call itself asks for a kernel that does not fit.
+    """
+    if backend is None and "LONGSCAN_BACKEND" not in os.environ and not x.is_cuda:
         return forms["torch"]  # what backend_of answers, without its words
-    return forms[backend_of(op, x, backend).name]
+    name = backend_of(op, x, backend).name
+    if name == "triton" and fits is not None and not fits():
+        if backend is not None:
+            raise ValueError(
+                f"backend 'triton': the kernel of {op} does not compute these dtypes or sizes"
+            )
+        name = "torch"
+    return forms[name]
 
 
 def by_sequence(
