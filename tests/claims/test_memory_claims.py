@@ -152,8 +152,8 @@ def test_needles_verdict():
 
 def test_gam_verdict():
     def found(field=5.0, **changes):
-        got = {"gam, lag 2": 1.0, "gam, lag 16": 0.12, "gam_written, lag 2": 1.0,
-               "gam_written, lag 16": 0.95, "gla, lag 2": 1.0, "gla, lag 16": 1.0}  # fmt: skip
+        got = {slots.case_of(*task): 1.0 for task in slots._TASKS}
+        got |= {"gam, lag 16": 0.12, "gam, one token kept": 0.2, "gam_written, 4 pairs": 0.3}
         case = "2 layers, 3 taps"
         fields = rows(slots.REACH, **{case: field}) + rows(slots.EXPECTED, **{case: 5.0})
         return slots.gam_reach_holds(fields + rows(RECALL, **{**got, **changes}))[0]
@@ -162,7 +162,8 @@ def test_gam_verdict():
     assert not found(field=6.0)
     assert not found(**{"gam, lag 16": 0.5})
     assert not found(**{"gam, lag 2": 0.5})
-    assert not found(**{"gam_written, lag 16": 0.5})
+    assert not found(**{"gam, one token kept": 0.5})
+    assert not found(**{"gam_written, one token kept": 0.5})
 
 
 # -- WERSA

@@ -279,7 +279,7 @@ _all = (
         "longscan.claims.slots:gam_reach",
         "longscan.claims.slots:gam_reach_holds",
         "A bank that is read token by token carries nothing from one token to another: GAM sees "
-        "1 + L (k - 1) tokens; a bank that the sequence writes sees all.",
+        "1 + L (k - 1) tokens; a bank that the sequence writes keeps one from any distance.",
         "ours, of GAM, arXiv 2509.00605, which speaks of global context",
         ("gam", "gam_written", "gla"),
         minutes=2,

@@ -1,8 +1,8 @@
-"""What a bank of slots that no token writes can and cannot remember, beside one that is written."""
+"""What a bank of slots that no token writes can and cannot keep, beside one that is written."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -12,17 +12,22 @@ from longscan.claims.recall import RECALL
 from longscan.claims.results import Row, mean
 from longscan.claims.training import Job, accuracy, examples, fit
 from longscan.models import Stack, StackConfig
-from longscan.synthetic.copying import lagged
+from longscan.synthetic.copying import copying, lagged
+from longscan.synthetic.mqar import mqar
 
 REACH, EXPECTED = "outputs that one input changes", "1 + L (k - 1)"
 _SIZE = {
-    "quick": {"d_model": 16, "vocab": 8, "length": 24, "lags": [2, 16], "batch": 4, "steps": 3,
-              "tests": 1, "lr": 3e-3},
-    "cpu": {"d_model": 64, "vocab": 10, "length": 64, "lags": [2, 16], "batch": 32, "steps": 400,
-            "tests": 8, "lr": 3e-3},
+    "quick": {"d_model": 16, "alphabet": 8, "length": 24, "batch": 4, "steps": 3,
+              "steps_of_pairs": 3, "tests": 1, "lr": 3e-3},
+    "cpu": {"d_model": 64, "alphabet": 10, "length": 32, "batch": 32, "steps": 400,
+            "steps_of_pairs": 1000, "tests": 8, "lr": 3e-3},
 }  # fmt: skip
 _STACKS = ((2, 3), (3, 4), (6, 3))  # layers, taps; the last is the paper's
-_TASKS = ("gam", "gam_written", "gla")
+NEAR, FAR, KEPT, PAIRS = "lag 2", "lag 16", "one token kept", "4 pairs"
+_TASKS = (
+    ("gam", NEAR), ("gam", FAR),
+    *((mixer, task) for task in (KEPT, PAIRS) for mixer in ("gam", "gam_written", "gla")),
+)  # fmt: skip
 
 
 def reach(job: Job, layers: int, taps: int, seed: int) -> dict[str, float]:
@@ -43,54 +48,69 @@ def reach(job: Job, layers: int, taps: int, seed: int) -> dict[str, float]:
     return {REACH: changed, EXPECTED: 1 + layers * (taps - 1)}
 
 
-def copy(
-    job: Job, seed: int, size: dict[str, Any], lag: int, model: dict[str, Any], **training: Any
+def tasks(size: dict[str, Any]) -> dict[str, tuple[Callable, int]]:
+    """What to remember, and the places at the front whose labels need no memory.
+
+    Say what was said two or sixteen tokens ago; say a token that stood among blanks; answer with
+    the partners of four keys.
+    """
+    batch, length, alphabet = size["batch"], size["length"], size["alphabet"]
+    return {
+        NEAR: (partial(lagged, batch, length, lag=2, alphabet=alphabet), 2),
+        FAR: (partial(lagged, batch, length, lag=16, alphabet=alphabet), 16),
+        KEPT: (partial(copying, batch, length, tokens=1, alphabet=alphabet, selective=True), 0),
+        PAIRS: (partial(mqar, batch, length, pairs=4, vocab=16, random_non_queries=False), 0),
+    }
+
+
+def remember(
+    job: Job, seed: int, size: dict[str, Any], what: str, model: dict[str, Any], **training: Any
 ) -> dict[str, float]:
-    """Say again what was said `lag` tokens ago."""
-    task = partial(lagged, size["batch"], size["length"], lag=lag, alphabet=size["vocab"])
+    """How often the trained model is right."""
+    task, front = tasks(size)[what]
     lm = fit(job, model, lambda g: task(generator=g), seed=seed, **training)
     batches = examples(job, lambda g: task(generator=g), seed, size["tests"])
-    # The first `lag` labels are blanks, which need no memory.
-    late = ((x, y.masked_fill(torch.arange(y.shape[1], device=y.device) < lag, -100))
+    late = ((x, y.masked_fill(torch.arange(y.shape[1], device=y.device) < front, -100))
             for x, y in batches)  # fmt: skip
     return {RECALL: accuracy(lm, late).token}
 
 
-def case_of(mixer: str, lag: int) -> str:
-    return f"{mixer}, lag {lag}"
+def case_of(mixer: str, what: str) -> str:
+    return f"{mixer}, {what}"
 
 
 def gam_reach(job: Job) -> Iterator[Row]:
-    """The receptive field of stacks, and copying within and beyond it."""
+    """The receptive field of stacks, and what can be remembered within and beyond it."""
     size = job.choose(**_SIZE)
     for layers, taps in _STACKS:
         for seed in job.seeds:
             run = partial(reach, job, layers, taps, seed)
             case = f"{layers} layers, {taps} taps"
             yield from job.measure(case, "gam", seed, {"layers": layers, "taps": taps}, run)
-    for lag in size["lags"]:
-        for mixer in _TASKS:
-            model = {
-                "vocab_size": size["vocab"], "d_model": size["d_model"], "n_layers": 2,
-                "pattern": mixer, "mixers": {"gla": {"d_conv": 4}} if mixer == "gla" else {},
-            }  # fmt: skip
-            training = {"steps": size["steps"], "lr": size["lr"], "warmup": 20, "until": 0.01}
-            for seed in job.seeds:
-                run = partial(copy, job, seed, size, lag, model, **training)
-                settings = {**size, "lag": lag, "model": model, **training}
-                yield from job.measure(case_of(mixer, lag), mixer, seed, settings, run)
+    for mixer, what in _TASKS:
+        model = {
+            "vocab_size": 16, "d_model": size["d_model"], "n_layers": 2,
+            "pattern": mixer, "mixers": {"gla": {"d_conv": 4}} if mixer == "gla" else {},
+        }  # fmt: skip
+        steps = size["steps_of_pairs" if what == PAIRS else "steps"]
+        training = {"steps": steps, "lr": size["lr"], "warmup": 20, "until": 0.01}
+        for seed in job.seeds:
+            run = partial(remember, job, seed, size, what, model, **training)
+            settings = {**size, "what": what, "model": model, **training}
+            yield from job.measure(case_of(mixer, what), mixer, seed, settings, run)
 
 
 def gam_reach_holds(rows: list[Row]) -> tuple[bool, str]:
-    """Fields as computed; the bank copies within its field, not beyond; a written one does both."""
+    """Fields as computed; the bank copies within its field only; a written one keeps a token."""
     fields = [(r.case, r.value) for r in rows if r.metric == REACH]
     exact = all(x == mean(rows, case, EXPECTED) for case, x in fields)
-    near, far = sorted({int(r.case.rpartition(" ")[2]) for r in rows if r.metric == RECALL})
-    got = {(m, lag): mean(rows, case_of(m, lag), RECALL) for m in _TASKS for lag in (near, far)}
+    got = {task: mean(rows, case_of(*task), RECALL) for task in _TASKS}
     reached = "; ".join(f"{case} {x:.0f} outputs" for case, x in dict(fields).items())
-    said = "; ".join(f"{m} {got[m, near]:.1%}, {got[m, far]:.1%}" for m in _TASKS)
+    said = "; ".join(f"{case_of(*task)} {x:.1%}" for task, x in got.items())
     chance = 0.3
-    good = got["gam", near] >= 0.95 and got["gam", far] <= chance and got["gam_written", far] >= 0.9
-    return exact and good, (
-        f"One input reaches {reached}. Copied at lags {near} and {far}: {said}."
+    good = (
+        got["gam", NEAR] >= 0.95
+        and max(got["gam", FAR], got["gam", KEPT]) <= chance
+        and min(got["gam_written", KEPT], got["gla", KEPT]) >= 0.9
     )
+    return exact and good, f"One input reaches {reached}. Right: {said}."
