@@ -128,10 +128,19 @@ def test_staleness_verdict():
 
 
 def test_recall_verdict():
-    good = dict.fromkeys(needles.MIXERS, 0.97)
-    assert needles.test_time_recall_holds(rows(RECALL, **good))[0]
-    assert not needles.test_time_recall_holds(rows(RECALL, **{**good, "yaad": 0.9}))[0]
-    assert needles.test_time_recall_holds(rows(RECALL, **{**good, needles.RIVAL: 0.1}))[0]
+    def found(**changes):
+        got = {m: (0.97, 0.1) for m in needles.MIXERS} | changes
+        out = [
+            Row(f"{mixer}, lr {lr}", mixer, RECALL, value, "", 0)
+            for mixer, values in got.items()
+            for lr, value in zip((1e-3, 3e-3), values, strict=True)
+        ]
+        return needles.test_time_recall_holds(out)[0]
+
+    assert found()
+    assert found(titans=(0.1, 0.99))
+    assert not found(yaad=(0.9, 0.8))
+    assert found(**{needles.RIVAL: (0.1, 0.1)})
 
 
 def test_needles_verdict():

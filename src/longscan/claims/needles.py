@@ -20,11 +20,11 @@ RIVAL = "gated_deltanet"
 MIXERS = (RIVAL, "titans", "moneta", "yaad", "memora")
 _PAIRS = {
     "quick": {"length": 16, "pairs": 4, "vocab": 16, "d_model": 32, "d_ff": 400, "batch": 4,
-              "steps": 3, "tests": 1, "lr": 3e-3, "heads": 2},
+              "steps": 3, "tests": 1, "lr": [3e-3], "heads": 2},
     "cpu": {"length": 32, "pairs": 8, "vocab": 64, "d_model": 64, "d_ff": 400, "batch": 64,
-            "steps": 1500, "tests": 8, "lr": 3e-3, "heads": 2},
+            "steps": 1500, "tests": 8, "lr": [1e-3, 3e-3], "heads": 2},
     "gpu": {"length": 256, "pairs": 32, "vocab": 8192, "d_model": 128, "d_ff": 512, "batch": 64,
-            "steps": 1500, "tests": 8, "lr": 2e-3, "heads": 2},
+            "steps": 1500, "tests": 8, "lr": [1e-3, 3e-3], "heads": 2},
 }  # fmt: skip
 
 
@@ -43,23 +43,33 @@ def configuration(size: dict[str, Any], mixer: str, vocab: int) -> dict[str, Any
 def test_time_recall(job: Job) -> Iterator[Row]:
     """Multi-query associative recall."""
     size = job.choose(**_PAIRS)
+    task = partial(
+        mqar, size["batch"], size["length"], pairs=size["pairs"], vocab=size["vocab"],
+        random_non_queries=False,
+    )  # fmt: skip
     for mixer in MIXERS:
         model = configuration(size, mixer, size["vocab"])
-        training = {"steps": size["steps"], "lr": size["lr"], "warmup": 50, "until": 0.01}
-        task = partial(
-            mqar, size["batch"], size["length"], pairs=size["pairs"], vocab=size["vocab"],
-            random_non_queries=False,
-        )  # fmt: skip
         for seed in job.seeds:
-            run = partial(recall, job, seed, task, size["tests"], model, **training)
-            yield from job.measure(mixer, mixer, seed, {**size, "model": model, **training}, run)
+            for lr in size["lr"]:
+                training = {"steps": size["steps"], "lr": lr, "warmup": 50, "until": 0.01}
+                run = partial(recall, job, seed, task, size["tests"], model, **training)
+                settings = {**size, "model": model, **training}
+                case = f"{mixer}, lr {lr:g}"
+                yield from job.measure(case, mixer, seed, settings, run)
+
+
+def best(rows: list[Row], mixer: str, metric: str) -> float:
+    """The mean over seeds at the learning rate that suits the mixer best."""
+    cases = dict.fromkeys(r.case for r in rows if r.mixer == mixer)
+    return max(mean(rows, case, metric) for case in cases)
 
 
 def test_time_recall_holds(rows: list[Row]) -> tuple[bool, str]:
-    """Each of the memories recalls 95 %."""
-    got = {m: mean(rows, m, RECALL) for m in MIXERS}
+    """Each of the memories recalls 95 %, at the better of the learning rates."""
+    got = {m: best(rows, m, RECALL) for m in MIXERS}
     said = ", ".join(f"{m} {x:.1%}" for m, x in got.items())
-    return min(got[m] for m in MIXERS[1:]) >= 0.95, f"Recalled: {said}."
+    good = min(got[m] for m in MIXERS[1:]) >= 0.95
+    return good, f"Recalled, at the better of the learning rates: {said}."
 
 
 # -- a needle in noise --------------------------------------------------------------------------
@@ -68,9 +78,9 @@ _NEEDLES = {
     "quick": {"length": 16, "most": 2, "alphabet": 4, "d_model": 32, "d_ff": 400, "batch": 4,
               "steps": 3, "lengths": [16, 32], "examples": 4, "lr": 3e-3, "heads": 2},
     "cpu": {"length": 48, "most": 6, "alphabet": 16, "d_model": 64, "d_ff": 400, "batch": 64,
-            "steps": 1500, "lengths": [48, 192, 768], "examples": 256, "lr": 4e-3, "heads": 2},
+            "steps": 1500, "lengths": [48, 192, 768], "examples": 256, "lr": 1e-3, "heads": 2},
     "gpu": {"length": 256, "most": 8, "alphabet": 64, "d_model": 128, "d_ff": 512, "batch": 64,
-            "steps": 6000, "lengths": [256, 1024, 4096], "examples": 128, "lr": 2e-3, "heads": 2},
+            "steps": 6000, "lengths": [256, 1024, 4096], "examples": 128, "lr": 1e-3, "heads": 2},
 }  # fmt: skip
 
 
