@@ -13,9 +13,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "generate": ("longscan.language.commands:generate_main", "stream text from a trained run"),
     "eval": ("longscan.language.commands:eval_main", "loss and bits per byte of a trained run"),
     "demo": ("longscan.language.demo:main", "train three minutes, compare with xz and zstd"),
-    "verify": ("longscan.verify:main", "check mixers on this machine"),
+    "verify": ("longscan.verify:main", "check mixers, or GPU kernels, on this machine"),
     "doctor": ("longscan.doctor:main", "what is installed here, and what would run"),
     "bench cpu": ("longscan.bench.cpu:main", "time our layers beside transformers on a CPU"),
+    "bench gpu": ("longscan.bench.gpu:main", "time our kernels beside others on a GPU"),
     "claims": ("longscan.claims.run:main", "run the small experiment behind a paper's claim"),
     "docs": ("longscan.docs:main", "write the pages of the mixers"),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import importlib
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -237,12 +238,15 @@ def verify(
 
 def main(argv: list[str]) -> int:
     """longscan verify"""
+    if any(a in ("--op", "--ops") or a.startswith("--op=") for a in argv):
+        return importlib.import_module("longscan.proof.command").main(argv)
     parser = argparse.ArgumentParser(
         prog="longscan verify",
         description="Check mixers on this machine: no output sees a later input or another "
         "packed sequence (gradients exactly 0); parts and single steps with a carried state "
         "equal the whole; outputs and all gradients equal those of the definition, in float64; "
-        "float32 is near float64. Numbers are largest errors relative to the largest entry.",
+        "float32 is near float64. Numbers are largest errors relative to the largest entry. "
+        "With --ops, or --op and names, the GPU kernels are checked instead (--ops --help).",
     )
     add = parser.add_argument
     add("mixers", nargs="*", help="names (default: all)")

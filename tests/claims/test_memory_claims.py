@@ -129,7 +129,7 @@ def test_staleness_verdict():
 
 def test_recall_verdict():
     def found(**changes):
-        got = {m: (0.97, 0.1) for m in needles.MIXERS} | changes
+        got = dict.fromkeys(needles.MIXERS, (0.97, 0.1)) | changes
         out = [
             Row(f"{mixer}, lr {lr}", mixer, RECALL, value, "", 0)
             for mixer, values in got.items()

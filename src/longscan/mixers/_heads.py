@@ -105,9 +105,12 @@ class HeadMixer(Mixer):
             return State(s=s)
         return State(conv=self.conv1d.init_state(batch), s=s)
 
+    silu_behind_conv = True
+    """Whether the nonlinearity behind a convolution is SiLU on all of q | k | v."""
+
     def activate(self, qkv: Tensor) -> Tensor:
-        """The nonlinearity on q | k | v: SiLU behind a convolution, none without one."""
-        return qkv if self.conv1d is None else F.silu(qkv)
+        """The nonlinearity on q | k | v where that is not SiLU behind a convolution."""
+        return qkv
 
     def recur(
         self,
@@ -141,8 +144,11 @@ class HeadMixer(Mixer):
         carried: dict[str, Tensor] = {}
         if self.conv1d is not None:
             window = None if state is None else state.tensor("conv")
-            qkv, carried["conv"] = self.conv1d(qkv, window, cu_seqlens)
-        q, k, v = self.activate(qkv).split(self._qkv, -1)
+            conv = self.conv1d.activated if self.silu_behind_conv else self.conv1d
+            qkv, carried["conv"] = conv(qkv, window, cu_seqlens)
+        if self.conv1d is None or not self.silu_behind_conv:
+            qkv = self.activate(qkv)
+        q, k, v = qkv.split(self._qkv, -1)
         o, recurrent = self.recur(
             self._heads(q, self.d_key),
             self._stepped(k, self.d_key),

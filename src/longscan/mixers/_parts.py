@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from longscan.ops._conv_fused import conv_fits, conv_fused
 from longscan.ops.conv import conv
+from longscan.ops.dispatch import by_kernel
 from longscan.ops.norm import rms_norm
 
 
@@ -61,11 +63,24 @@ class ShortConv(nn.Module):
     def forward(
         self, x: Tensor, state: Tensor | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        weight = self.weight.squeeze(1)
-        # Under autocast a projection may hand over bfloat16 while the taps are float32.
-        weight, bias = (None if p is None else p.to(x.dtype) for p in (weight, self.bias))
-        assert weight is not None
+        weight, bias = self._taps(x)
         return conv(x, weight, bias, state=state, cu_seqlens=cu_seqlens)
+
+    def activated(
+        self, x: Tensor, state: Tensor | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """SiLU of the convolution, by one kernel where there is one."""
+        weight, bias = self._taps(x)
+        proved = x.dtype is torch.bfloat16
+        if by_kernel("conv", x, lambda: conv_fits(x, weight, bias), proved):
+            return conv_fused(x, weight, bias, state=state, cu_seqlens=cu_seqlens, silu=True)
+        y, window = conv(x, weight, bias, state=state, cu_seqlens=cu_seqlens)
+        return F.silu(y), window
+
+    def _taps(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Under autocast a projection may hand over bfloat16 while the taps are float32."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return self.weight.squeeze(1).to(x.dtype), bias
 
 
 def softplus_inverse(y: Tensor) -> Tensor:

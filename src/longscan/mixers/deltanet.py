@@ -65,6 +65,7 @@ class DeltaNet(DeltaMixer):
             norm_eps=norm_eps,
         )
         self.qk_activation, self.qk_norm = qk_activation, qk_norm
+        self.silu_behind_conv = qk_activation == "silu"
         self.reset_parameters()
 
     def activate(self, qkv: Tensor) -> Tensor:

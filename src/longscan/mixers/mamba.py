@@ -11,8 +11,9 @@ from torch.nn import functional as F
 from longscan.mixers._parts import ShortConv, init_dt_bias_
 from longscan.mixers.base import Mixer
 from longscan.ops._check import compute_dtype
+from longscan.ops._selective_fused import selective_fits, selective_fused
 from longscan.ops.conv import conv_step
-from longscan.ops.dispatch import backend_of
+from longscan.ops.dispatch import backend_of, by_kernel
 from longscan.ops.norm import rms_norm
 from longscan.ops.selective import selective, selective_step
 from longscan.state import State
@@ -116,25 +117,26 @@ class Mamba(Mixer):
     ) -> tuple[Tensor, State]:
         self._check_input(x)
         one_token = x.shape[1] == 1 and cu_seqlens is None
-        if state is not None and one_token and backend_of("selective", x).name == "torch":
+        if state is not None and one_token and backend_of("selective", x).name != "reference":
             return self._step(x, state)
         u, z = self.in_proj(x).chunk(2, -1)
         window = None if state is None else state.tensor("conv")
-        u, window = self.conv1d(u, window, cu_seqlens)
-        u = F.silu(u)
+        u, window = self.conv1d.activated(u, window, cu_seqlens)
         r, b, c = self.x_proj(u).split(self._split, -1)
         if self.bcdt_norm_eps is not None:
             r, b, c = (rms_norm(t, None, self.bcdt_norm_eps) for t in (r, b, c))
-        y, h = selective(
-            u,
-            F.softplus(self.dt_proj(r)),
-            -self.A_log.exp(),
-            b,
-            c,
-            state=None if state is None else state.tensor("ssm"),
-            cu_seqlens=cu_seqlens,
-        )
-        y = torch.addcmul(y, u, self.D) * F.silu(z)
+        a, h = -self.A_log.exp(), None if state is None else state.tensor("ssm")
+        steps, more = self.dt_proj(r), {"D": self.D, "z": z}
+        proved = u.dtype in (torch.bfloat16, torch.float32)
+        if by_kernel(
+            "selective", u, lambda: selective_fits(u, steps, a, b, c, state=h, **more), proved
+        ):
+            y, h = selective_fused(
+                u, steps, a, b, c, state=h, cu_seqlens=cu_seqlens, softplus=True, **more
+            )
+        else:
+            y, h = selective(u, F.softplus(steps), a, b, c, state=h, cu_seqlens=cu_seqlens)
+            y = torch.addcmul(y, u, self.D) * F.silu(z)
         return self.out_proj(y.to(z.dtype)), State(conv=window, ssm=h)
 
     def _step(self, x: Tensor, state: State) -> tuple[Tensor, State]:

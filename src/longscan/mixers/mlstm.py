@@ -97,8 +97,8 @@ class MLSTM(Mixer):
     ) -> tuple[Tensor, State]:
         self._check_input(x)
         u, z = self.in_proj(x).chunk(2, -1)
-        c, window = self.conv1d(u, None if state is None else state.tensor("conv"), cu_seqlens)
-        c = F.silu(c)
+        window = None if state is None else state.tensor("conv")
+        c, window = self.conv1d.activated(u, window, cu_seqlens)
         q, k, v = self.q_proj(c), self.k_proj(c), self.v_proj(u)
         gates = self.gate_proj(torch.cat([q, k, v], -1)).to(self.gate_bias.dtype) + self.gate_bias
         i, f = gates.chunk(2, -1)

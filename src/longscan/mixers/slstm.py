@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from longscan.mixers._blockdiag import HeadLayerNorm, HeadwiseLinear, small_init_
 from longscan.mixers._parts import ShortConv
@@ -116,8 +115,7 @@ class SLSTM(Mixer):
         u, carried = x, {}
         if self.conv1d is not None:
             window = None if state is None else state.tensor("conv")
-            u, carried["conv"] = self.conv1d(x, window, cu_seqlens)
-            u = F.silu(u)
+            u, carried["conv"] = self.conv1d.activated(x, window, cu_seqlens)
         gates = (self.i_proj(u), self.f_proj(u), self.z_proj(x), self.o_proj(x))
         h, s = slstm(
             torch.stack([g.unflatten(-1, (self.n_heads, -1)) for g in gates], -2),

@@ -27,7 +27,7 @@ def first_order_only() -> None:
     """Raise RuntimeError in a backward that is itself to be differentiated."""
     if torch.is_grad_enabled():
         raise RuntimeError(
-            "the fast form of memory has no second derivatives (create_graph=True); "
+            "this fast form has no second derivatives (create_graph=True); "
             "pass backend='reference' or set LONGSCAN_BACKEND=reference"
         )
 

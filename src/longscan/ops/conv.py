@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from longscan.ops._check import check_floating, check_shape, check_state, compute_dtype
+from longscan.ops._conv_fused import conv_fits, conv_fused
 from longscan.ops._layout import check_cu_seqlens
 from longscan.ops.dispatch import by_sequence, choose
 
@@ -40,9 +41,9 @@ def conv_step(
     x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor
 ) -> tuple[Tensor, Tensor]:
     """One token of `conv`. Shapes: x, y [B, E]; weight [E, W]; bias [E]; state [B, W - 1, E]."""
-    window = torch.cat([state.to(x.dtype), x.unsqueeze(1)], 1)
-    y = (window * weight.to(x.dtype).mT).sum(1)
-    return (y if bias is None else y + bias), window[:, 1:]
+    window, wide = torch.cat([state.to(x.dtype), x.unsqueeze(1)], 1), compute_dtype(x)
+    y = (window.to(wide) * weight.to(wide).mT).sum(1)
+    return (y if bias is None else y + bias).to(x.dtype), window[:, 1:]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -281,5 +282,9 @@ def conv(
     check_state("state", state, (rows, weight.shape[1] - 1, x.shape[2]), "[rows, W - 1, E]")
     if cu_seqlens is not None and not torch.compiler.is_compiling():
         check_cu_seqlens(cu_seqlens, x.shape[0], x.shape[1])
-    forms = {"reference": conv_reference, "torch": conv_chunked}
-    return choose("conv", x, backend, forms)(x, weight, bias, state=state, cu_seqlens=cu_seqlens)
+    forms = {"reference": conv_reference, "torch": conv_chunked, "triton": conv_fused}
+    proved = x.dtype in (torch.bfloat16, torch.float32)
+    run = choose("conv", x, backend, forms, lambda: conv_fits(x, weight, bias), proved)
+    if run is conv_fused and x.shape[1] == 1 and cu_seqlens is None:
+        run = conv_chunked
+    return run(x, weight, bias, state=state, cu_seqlens=cu_seqlens)

@@ -21,6 +21,8 @@ from longscan.ops._check import (
     compute_dtype,
     full_precision,
 )
+from longscan.ops._decay_fused import decay_fits, decay_fused
+from longscan.ops._decay_keys_fused import decay_keys_fits, decay_keys_fused
 from longscan.ops._layout import layout
 from longscan.ops._scores import cumulative, decay_factors, vector_scores
 from longscan.ops.dispatch import by_sequence, choose
@@ -200,9 +202,21 @@ def decay(
     rows = batch if cu_seqlens is None else cu_seqlens.numel() - 1
     check_state("state", state, (rows, heads, d_key, d_value), "[rows, H, K, V]")
     dtype, out = compute_dtype(q, k, v, log_a, state), v.dtype
+    kernel, fits = decay_fused, decay_fits
+    if log_a is not None and log_a.ndim == 4:
+        kernel, fits = decay_keys_fused, decay_keys_fits
+    forms = {"reference": decay_reference, "torch": decay_chunked, "triton": kernel}
+    proved = v.dtype in (torch.bfloat16, torch.float32)
+    if kernel is decay_keys_fused:  # the gates' gradient was off by 1.2e-2 for K = 16, V = 256
+        proved = proved and (v.dtype is torch.float32 or d_key > 16 or d_value <= 128)
+    run = choose(
+        "decay", v, backend, forms, lambda: dtype is torch.float32 and fits(q, k, v, log_a), proved
+    )
     with full_precision(v):
+        if run is kernel and (length > 1 or cu_seqlens is not None):
+            o, s = run(q, k, v, log_a, state=state, cu_seqlens=cu_seqlens)
+            return o.to(out), s
         q, k, v, log_a, state = cast(dtype, q, k, v, log_a, state)
-        run = choose("decay", v, backend, {"reference": decay_reference, "torch": decay_chunked})
         if run is decay_reference:
             o, s = run(q, k, v, log_a, state=state, cu_seqlens=cu_seqlens)
         elif length == 1 and cu_seqlens is None:

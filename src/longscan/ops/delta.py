@@ -17,6 +17,8 @@ from longscan.ops._check import (
     compute_dtype,
     full_precision,
 )
+from longscan.ops._delta_fused import delta_fits, delta_fused
+from longscan.ops._delta_keys_fused import delta_keys_fits, delta_keys_fused
 from longscan.ops._delta_scan import Factors, delta_scan
 from longscan.ops._layout import layout
 from longscan.ops._scores import cumulative, vector_scores
@@ -218,9 +220,18 @@ def delta(
     rows = batch if cu_seqlens is None else cu_seqlens.numel() - 1
     check_state("state", state, (rows, heads, d_key, d_value), "[rows, H, K, V]")
     dtype, out = compute_dtype(q, k, v, beta, log_a, state), v.dtype
+    kernel, fits = delta_fused, delta_fits
+    if log_a is not None and log_a.ndim == 4:
+        kernel, fits = delta_keys_fused, delta_keys_fits
+    forms = {"reference": delta_reference, "torch": delta_chunked, "triton": kernel}
+    run = choose(
+        "delta", v, backend, forms, lambda: dtype is torch.float32 and fits(q, k, v, beta, log_a)
+    )
     with full_precision(v):
+        if run is kernel and (length > 1 or cu_seqlens is not None):
+            o, s = run(q, k, v, beta, log_a, state=state, cu_seqlens=cu_seqlens)
+            return o.to(out), s
         q, k, v, beta, log_a, state = cast(dtype, q, k, v, beta, log_a, state)
-        run = choose("delta", v, backend, {"reference": delta_reference, "torch": delta_chunked})
         if run is delta_reference:
             o, s = run(q, k, v, beta, log_a, state=state, cu_seqlens=cu_seqlens)
         elif length == 1 and cu_seqlens is None:

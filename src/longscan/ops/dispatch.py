@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any
@@ -16,13 +17,14 @@ from longscan.ops._layout import check_cu_seqlens
 
 OPS = (
     "decay", "delta", "selective", "trapezoid", "lti", "mlstm", "slstm", "dplr", "wkv",
-    "memory", "slots", "vq", "attention", "conv",
+    "memory", "slots", "vq", "attention", "conv", "norm", "loss",
 )  # fmt: skip
 BACKENDS = ("reference", "torch", "triton")
-KERNELS = ("memory",)
+KERNELS = ("memory", "decay", "delta", "selective", "mlstm", "conv", "norm", "loss")
 """Ops with a Triton form."""
-PROVED = ("memory",)
-"""Those whose Triton form runs by default on CUDA: every launch was checked on a GPU."""
+PROVED = ("memory", "decay", "selective", "mlstm", "conv", "norm")
+"""Those whose Triton form runs by default on CUDA, in the cases that an op calls proved: every
+check on a GPU passed (docs/LOG.md). The others run when asked for."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,12 @@ def fused(op: str, x: Tensor) -> bool:
         return False
     if op == "memory" and torch.compiler.is_compiling():  # not a custom op, unlike the others
         return False
-    return find_spec("triton") is not None
+    return _triton()
+
+
+@cache
+def _triton() -> bool:
+    return find_spec("triton") is not None and torch.version.hip is None  # not tried on AMD
 
 
 def choose(
@@ -75,14 +82,18 @@ def choose(
     backend: str | None,
     forms: dict[str, Callable],
     fits: Callable[[], bool] | None = None,
+    proved: bool = True,
 ) -> Callable:
     """The function among `forms` that `backend_of` names; "torch" where the kernel does not fit.
 
+    proved: whether the kernel may run on this case without being asked for.
     Raises: ValueError where the call itself asks for a kernel that does not fit.
     """
     if backend is None and "LONGSCAN_BACKEND" not in os.environ and not x.is_cuda:
         return forms["torch"]  # what backend_of answers, without its words
     name = backend_of(op, x, backend).name
+    if name == "triton" and not proved and backend is None and not _asked():
+        name = "torch"
     if name == "triton" and fits is not None and not fits():
         if backend is not None:
             raise ValueError(
@@ -90,6 +101,17 @@ def choose(
             )
         name = "torch"
     return forms[name]
+
+
+def by_kernel(op: str, x: Tensor, fits: Callable[[], bool], proved: bool = True) -> bool:
+    """Whether a kernel runs, for callers that can hand it more than the op; see `choose`."""
+    if not fused(op, x) or backend_of(op, x).name != "triton":
+        return False
+    return (proved or _asked()) and fits()
+
+
+def _asked() -> bool:
+    return os.environ.get("LONGSCAN_BACKEND") == "triton"
 
 
 def by_sequence(

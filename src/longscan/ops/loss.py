@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from longscan.ops._check import check_floating, check_shape
+from longscan.ops._loss_fused import BUDGET, loss_fits, pieces_fused, scaled
+from longscan.ops.dispatch import by_kernel
 
 IGNORE = -100
 # Logits of a piece, in numbers. On a CPU they should stay in the cache; a GPU wants big matmuls.
@@ -36,7 +38,8 @@ def linear_cross_entropy(
     logit_cap: z_nv = cap tanh(h_n . w_v / cap) instead, which lies in (-cap, cap).
     chunk: tokens per piece; beside the gradients, memory holds the logits [chunk, V] of one piece
     and their logarithmic softmax, with logit_cap a third tensor of that size (default: 2^20
-    logits on a CPU, 2^26 on a GPU, where that is as fast as whole logits or faster).
+    logits on a CPU, 2^26 on a GPU, where that is as fast as whole logits or faster; with the
+    kernel 2^27, and in place of the softmax the gradient in the operands' dtype).
     reduction: "none" gives [N] (0 where ignored), "sum", or "mean" over the tokens not ignored.
     Precision: products in the dtype of the operands (autocast's, where it is on), accumulated and
     kept in float32 from there on; float64 throughout for float64. Half-precision operands are
@@ -60,10 +63,7 @@ def linear_cross_entropy(
         raise ValueError(f"n_classes must lie in 1..{rows} (the rows of weight), not {n_classes}")
     valid = targets != ignore_index
     _check_targets(targets, valid, n_classes, ignore_index)
-    if chunk is None:
-        # Each piece also touches the gradient of weight once: not too few tokens for that.
-        chunk = max(256, _BUDGET["cpu" if h.device.type == "cpu" else "gpu"] // rows)
-    if chunk < 1:
+    if chunk is not None and chunk < 1:
         raise ValueError(f"chunk must be at least 1, not {chunk}")
     if logit_cap is not None and not 0 < logit_cap < math.inf:
         raise ValueError(f"logit_cap must be a number above 0, or None, not {logit_cap}")
@@ -75,6 +75,10 @@ def linear_cross_entropy(
             h, weight = h.to(dtype), weight.to(dtype)
     dtype = torch.promote_types(h.dtype, weight.dtype)
     h, weight = h.to(dtype), weight.to(dtype)
+    if chunk is None:
+        budget = BUDGET if _fused(h, weight) else _BUDGET["cpu" if device == "cpu" else "gpu"]
+        # Each piece also touches the gradient of weight once: not too few tokens for that.
+        chunk = max(256, budget // rows)
     targets = targets.where(valid, 0)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     coef = valid.to(wide)
@@ -96,6 +100,10 @@ def _check_targets(targets: Tensor, valid: Tensor, n_classes: int, ignore_index:
             f"tokens without a target by {ignore_index}, and check that the model's vocab_size is "
             "the tokenizer's"
         )
+
+
+def _fused(h: Tensor, weight: Tensor) -> bool:
+    return by_kernel("loss", h, lambda: loss_fits(h, weight))
 
 
 def _mm(a: Tensor, b: Tensor) -> Tensor:
@@ -165,8 +173,21 @@ def _pieces(
     return losses, dh, dw, factor
 
 
+def _choose(
+    h: Tensor, weight: Tensor, *args: Any, even: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    """`_pieces` by the kernel, where it runs; even: coef is one number, or 0."""
+    if _fused(h, weight):
+        return pieces_fused(h, weight, *args, even=even)
+    return _pieces(h, weight, *args)
+
+
 def _times(grad: Tensor | None, factor: Tensor, dtype: torch.dtype) -> Tensor | None:
-    return None if grad is None else (grad.to(factor.dtype) * factor).to(dtype)
+    if grad is None:
+        return None
+    if _fused(grad, grad) and not torch.compiler.is_compiling():
+        return scaled(grad, factor, dtype)
+    return (grad.to(factor.dtype) * factor).to(dtype)
 
 
 def _no_autocast(device: torch.device) -> torch.autocast:
@@ -180,7 +201,9 @@ class _Total(torch.autograd.Function):
     def forward(ctx: Any, h, weight, targets, coef, n_classes, cap, chunk):  # type: ignore[override]
         want = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         with _no_autocast(h.device):
-            losses, dh, dw, factor = _pieces(h, weight, targets, coef, n_classes, cap, chunk, want)
+            losses, dh, dw, factor = _choose(
+                h, weight, targets, coef, n_classes, cap, chunk, want, even=True
+            )
         ctx.save_for_backward(dh, dw, factor)
         ctx.dtype = weight.dtype
         return (losses * coef).sum()
@@ -199,7 +222,9 @@ class _PerToken(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h, weight, targets, coef, n_classes, cap, chunk):  # type: ignore[override]
         with _no_autocast(h.device):
-            losses, *_ = _pieces(h, weight, targets, coef, n_classes, cap, chunk, (False, False))
+            losses, *_ = _choose(
+                h, weight, targets, coef, n_classes, cap, chunk, (False, False), even=True
+            )
         ctx.save_for_backward(h, weight, targets, coef)
         ctx.options = n_classes, cap, chunk
         return losses
@@ -211,7 +236,9 @@ class _PerToken(torch.autograd.Function):
         want = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         with _no_autocast(h.device):
             n_classes, cap, chunk = ctx.options
-            _, dh, dw, factor = _pieces(h, weight, targets, coef * g, n_classes, cap, chunk, want)
+            _, dh, dw, factor = _choose(
+                h, weight, targets, coef * g, n_classes, cap, chunk, want, even=False
+            )
         dh, dw = (_times(d, factor, weight.dtype) for d in (dh, dw))
         return dh, dw, None, None, None, None, None
 

@@ -23,6 +23,7 @@ from longscan.ops._check import (
     full_precision,
 )
 from longscan.ops._layout import Layout, check_cu_seqlens, layout
+from longscan.ops._mlstm_fused import mlstm_fits, mlstm_fused
 from longscan.ops.dispatch import choose
 
 MLSTMState = tuple[Tensor, Tensor]
@@ -234,12 +235,20 @@ def mlstm(
         check_state("s", state[0], (rows, heads, d_key, d_value + 1), "[rows, H, K, V + 1]")
         check_state("m", state[1], (rows, heads, 1), "[rows, H, 1]")
     dtype, out = compute_dtype(q, k, v, i, f, *(state or ())), v.dtype
+    forms = {"reference": mlstm_reference, "torch": mlstm_chunked, "triton": mlstm_fused}
+    run = choose(
+        "mlstm", v, backend, forms,
+        lambda: dtype is torch.float32 and mlstm_fits(q, k, v, i, f, state),
+        v.dtype is torch.bfloat16 and d_key > 16 and d_value <= 256,
+    )  # fmt: skip
     with full_precision(v):
+        more = {"state": state, "cu_seqlens": cu_seqlens, "eps": eps}
+        if run is mlstm_fused and (length > 1 or cu_seqlens is not None):
+            h, final = run(q, k, v, i, f, **more)
+            return h.to(out), final
         q, k, v, i, f = cast(dtype, q, k, v, i, f)
         if state is not None:
-            state = (state[0].to(dtype), state[1].to(dtype))
-        run = choose("mlstm", v, backend, {"reference": mlstm_reference, "torch": mlstm_chunked})
-        more = {"state": state, "cu_seqlens": cu_seqlens, "eps": eps}
+            more["state"] = state = (state[0].to(dtype), state[1].to(dtype))
         if run is mlstm_reference:
             h, final = run(q, k, v, i, f, **more)
         elif length == 1 and cu_seqlens is None:

@@ -7,11 +7,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from longscan.ops._check import compute_dtype
+from longscan.ops._norm_fused import (
+    gated_rms_norm_fused,
+    head_rms_norm_fused,
+    l2_norm_fused,
+    norm_fits,
+    rms_norm_fused,
+)
+from longscan.ops.dispatch import by_kernel
 
 
 class _Normalise(torch.autograd.Function):
     """x / sqrt(mean(x^2) + eps) * scale * weight in few passes: on a CPU autograd's take twice
-    the time of these. (Compilers and CUDA have fused norms of their own.)"""
+    the time of these. (Compilers have fused norms of their own, CUDA has kernels.)"""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor | None, eps: float, scale: float) -> Tensor:
@@ -37,6 +45,14 @@ class _Normalise(torch.autograd.Function):
         return torch.addcmul(g * scaled, x, along), d_weight, None, None
 
 
+def _fused(x: Tensor, weight: Tensor | None, gate: Tensor | None = None) -> bool:
+    """Whether the kernels compute a norm. A compiler makes one of its own, with what is around."""
+    if torch.compiler.is_compiling():
+        return False
+    proved = x.dtype is torch.bfloat16
+    return by_kernel("norm", x, lambda: norm_fits(x, weight, gate), proved)
+
+
 def _normalise(x: Tensor, weight: Tensor | None, eps: float, scale: float = 1.0) -> Tensor:
     dtype = compute_dtype(x)
     weight = None if weight is None else weight.to(dtype)
@@ -56,6 +72,8 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-5) -> Tens
     Precision: statistics in float32 (float64 for float64 input); result in x's dtype.
     Source: Zhang and Sennrich, arXiv 1910.07467, eq. 4.
     """
+    if _fused(x, weight) and (weight is None or weight.shape == x.shape[-1:]):
+        return rms_norm_fused(x, weight, eps)
     return _normalise(x, weight, eps)
 
 
@@ -67,6 +85,8 @@ def gated_rms_norm(
     Shapes: x, gate [..., D]; weight [D] or None. Precision: as `rms_norm`.
     Differs: Mamba-2 normalises the product instead; that is rms_norm(x * gate).
     """
+    if _fused(x, weight, gate) and (weight is None or weight.shape == x.shape[-1:]):
+        return gated_rms_norm_fused(x, gate, weight, eps)
     return rms_norm(x, weight, eps) * gate.to(x.dtype)
 
 
@@ -77,6 +97,8 @@ def l2_norm(x: Tensor, eps: float = 1e-6, scale: float = 1.0) -> Tensor:
 
     Shapes: x [..., D]. Precision: as `rms_norm`.
     """
+    if _fused(x, None):
+        return l2_norm_fused(x, eps, scale)
     d = x.shape[-1]
     # x / sqrt(sum + eps) is the RMS norm with its mean undone.
     return _normalise(x, None, eps / d, scale * d**-0.5)
@@ -89,6 +111,8 @@ def head_rms_norm(x: Tensor, weight: Tensor | None, n_groups: int, eps: float = 
     """
     if n_groups == 1:
         return rms_norm(x, weight, eps)
+    if _fused(x, weight):
+        return head_rms_norm_fused(x, weight, n_groups, eps)
     y = rms_norm(x.unflatten(-1, (n_groups, -1)), None, eps).flatten(-2)
     return y if weight is None else (y * weight.to(compute_dtype(x))).to(x.dtype)
 

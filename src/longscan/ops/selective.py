@@ -9,6 +9,7 @@ from longscan.algebra import SegmentMap
 from longscan.ops._check import check_floating, check_shape, check_state, compute_dtype
 from longscan.ops._layout import check_cu_seqlens
 from longscan.ops._selective import base2, selective_chunked
+from longscan.ops._selective_fused import selective_fits, selective_fused
 from longscan.ops.dispatch import by_sequence, choose
 
 
@@ -115,13 +116,20 @@ def selective(
     if cu_seqlens is not None and not torch.compiler.is_compiling():
         check_cu_seqlens(cu_seqlens, u.shape[0], u.shape[1])
     wide, out = compute_dtype(u, dt, A, B, C, state), u.dtype
+    forms = {
+        "reference": selective_reference, "torch": selective_chunked, "triton": selective_fused
+    }  # fmt: skip
+    run = choose(
+        "selective", u, backend, forms,
+        lambda: wide is torch.float32 and selective_fits(u, dt, A, B, C),
+        u.dtype in (torch.bfloat16, torch.float32),
+    )  # fmt: skip
+    if run is selective_fused and (u.shape[1] > 1 or cu_seqlens is not None):
+        return run(u, dt, A, B, C, state=state, cu_seqlens=cu_seqlens)
     u, dt = u.to(wide), dt.to(wide)
     A, B, C = (x.to(wide.to_complex() if x.is_complex() else wide) for x in (A, B, C))
     state = None if state is None else state.to(A.dtype)
-    run = choose(
-        "selective", u, backend, {"reference": selective_reference, "torch": selective_chunked}
-    )
-    if run is selective_chunked and u.shape[1] == 1 and cu_seqlens is None:
+    if run is not selective_reference and u.shape[1] == 1 and cu_seqlens is None:
         if state is None:
             state = A.new_zeros(rows, *A.shape)
         B, C = (w.unsqueeze(0) if w.ndim == 2 else w.view(rows, -1, A.shape[1]) for w in (B, C))

@@ -1,0 +1,259 @@
+"""What `longscan bench gpu` compares: our kernels, the peers' and softmax attention, by op."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Inputs = dict[str, Tensor]
+Call = Callable[..., Tensor]
+OURS = "ours"
+
+
+@dataclass(frozen=True)
+class Op:
+    """An op with its peers.
+
+    make(batch, length) -> inputs on the device, bfloat16; ours and the peers: inputs -> output;
+    plain: ours by the torch form, which any number of others is checked against.
+    sizes: of heads, in words; shapes: (batch, length); sweep: of these only ours and attention.
+    """
+
+    name: str
+    sizes: str
+    make: Callable[[int, int], Inputs]
+    ours: Call
+    plain: Call
+    peers: dict[str, Call] = field(default_factory=dict)
+    shapes: tuple[tuple[int, int], ...] = ((8, 2048), (2, 8192), (1, 32768))
+    sweep: tuple[tuple[int, int], ...] = ((32, 512), (16, 1024), (4, 4096), (1, 16384))
+
+
+def normal(*shape: int, scale: float = 1.0, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return (torch.randn(*shape, device="cuda") * scale).to(dtype)
+
+
+def small(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Log decays of gates near one, as models have them."""
+    return F.logsigmoid(torch.randn(*shape, device="cuda") + 3).to(dtype)
+
+
+def need(module: str) -> Any:
+    return importlib.import_module(module)
+
+
+def op(name: str, backend: str) -> Call:
+    """One of our ops; it returns the output alone."""
+
+    def run(*args: Any, **more: Any) -> Tensor:
+        module = need(f"longscan.ops.{name}")
+        return getattr(module, name)(*args, **more, backend=backend)[0]
+
+    return run
+
+
+# --- linear attention with a gate ----------------------------------------------------------
+
+
+def heads(
+    *, heads: int = 16, key: int = 128, value: int = 128, gate: str = "", beta: bool = False
+) -> Callable[[int, int], Inputs]:
+    """q, k, v and what else the op reads; gate: "", "head" or "key"."""
+
+    def make(b: int, t: int) -> Inputs:
+        unit = F.normalize(torch.randn(b, t, heads, key, device="cuda"), dim=-1)
+        x = {
+            "q": normal(b, t, heads, key, scale=key**-0.5),
+            "k": unit.bfloat16() if beta else normal(b, t, heads, key, scale=key**-0.25),
+            "v": normal(b, t, heads, value),
+        }
+        if beta:
+            x["beta"] = torch.rand(b, t, heads, device="cuda").bfloat16()
+        if gate == "key":
+            x["log_a"] = small(b, t, heads, key)
+        elif gate:
+            x["log_a"] = small(b, t, heads, dtype=torch.float32)
+        return x
+
+    return make
+
+
+def decay(backend: str) -> Call:
+    run = op("decay", backend)
+    return lambda x: run(x["q"], x["k"], x["v"], x.get("log_a"))
+
+
+def delta(backend: str) -> Call:
+    run = op("delta", backend)
+    return lambda x: run(x["q"], x["k"], x["v"], x["beta"], x.get("log_a"))
+
+
+def fla(path: str, **names: str) -> Call:
+    """A function of flash-linear-attention: ours -> their name of an input."""
+    module, _, name = path.rpartition(".")
+
+    def run(x: Inputs) -> Tensor:
+        function = getattr(need(module), name)
+        given = {names.get(n, n): t for n, t in x.items()}
+        return function(**given, scale=1.0)[0]
+
+    return run
+
+
+# --- Mamba ----------------------------------------------------------------------------------
+
+
+def ssd_inputs(b: int, t: int) -> Inputs:
+    h, p, n = 64, 64, 128
+    return {
+        "x": normal(b, t, h, p),
+        "dt": F.softplus(torch.randn(b, t, h, device="cuda") - 4).bfloat16(),
+        "A": -torch.rand(h, device="cuda") * 15 - 1,
+        "B": normal(b, t, 1, n, scale=n**-0.25),
+        "C": normal(b, t, 1, n, scale=n**-0.25),
+    }
+
+
+def ssd(backend: str) -> Call:
+    run = op("decay", backend)
+
+    def call(x: Inputs) -> Tensor:
+        values = x["x"] * x["dt"].unsqueeze(-1)
+        return run(x["C"], x["B"], values, x["dt"] * x["A"])
+
+    return call
+
+
+def ssd_peer(x: Inputs) -> Tensor:
+    function = need("mamba_ssm.ops.triton.ssd_combined").mamba_chunk_scan_combined
+    return function(x["x"], x["dt"], x["A"], x["B"], x["C"], 256)
+
+
+def mamba_inputs(b: int, t: int) -> Inputs:
+    e, n = 4096, 16
+    return {
+        "u": normal(b, t, e),
+        "dt": normal(b, t, e, scale=0.5),
+        "A": -torch.arange(1, n + 1, device="cuda", dtype=torch.float32).repeat(e, 1),
+        "B": normal(b, t, n),
+        "C": normal(b, t, n),
+        "D": torch.ones(e, device="cuda"),
+        "z": normal(b, t, e),
+        "dt_bias": torch.full((e,), -4.0, device="cuda"),
+    }
+
+
+def mamba_ours(x: Inputs) -> Tensor:
+    """With what Mamba does around the scan in the kernel, as the peer."""
+    return need("longscan.ops._selective_fused").selective_fused(**x, softplus=True)[0]
+
+
+def mamba_plain(x: Inputs) -> Tensor:
+    dt = F.softplus(x["dt"].float() + x["dt_bias"])
+    y = op("selective", "torch")(x["u"].float(), dt, x["A"], x["B"], x["C"])
+    return (y + x["D"] * x["u"]) * F.silu(x["z"].float())
+
+
+def mamba_peer(x: Inputs) -> Tensor:
+    """Time lies last in the peer's tensors, in memory too."""
+    function = need("mamba_ssm.ops.selective_scan_interface").selective_scan_fn
+    first = [x[n] for n in ("u", "dt", "A", "B", "C", "D", "z", "dt_bias")]
+    return function(*first, True).mT
+
+
+# --- mLSTM ----------------------------------------------------------------------------------
+
+
+def mlstm_inputs(h: int, key: int, value: int) -> Callable[[int, int], Inputs]:
+    def make(b: int, t: int) -> Inputs:
+        return {
+            "q": normal(b, t, h, key),
+            "k": normal(b, t, h, key, scale=key**-0.5),
+            "v": normal(b, t, h, value),
+            "i": normal(b, t, h),
+            "f": normal(b, t, h) + 3,
+        }
+
+    return make
+
+
+def mlstm(backend: str) -> Call:
+    run = op("mlstm", backend)
+    return lambda x: run(x["q"], x["k"], x["v"], x["i"], x["f"])
+
+
+def mlstm_peer(x: Inputs) -> Tensor:
+    """Heads lie before time in the peer's tensors."""
+    module = need("mlstm_kernels.torch.chunkwise.triton_xl_chunk")
+    return module.mlstm_chunkwise__xl_chunk(
+        **x, return_last_states=False, chunk_size=128
+    ).transpose(1, 2)
+
+
+# --- softmax attention ----------------------------------------------------------------------
+
+
+def attention(x: Inputs) -> Tensor:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    q, k, v = (x[n].transpose(1, 2) for n in ("q", "k", "v"))
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+
+
+def time_last(x: Inputs) -> Inputs:
+    return {n: t.mT.contiguous() if t.ndim == 3 else t for n, t in x.items()}
+
+
+def heads_first(x: Inputs) -> Inputs:
+    """And keys without the scale that the peer applies by itself."""
+    x = {**x, "k": x["k"] * x["k"].shape[-1] ** 0.5}
+    return {n: t.transpose(1, 2).contiguous() for n, t in x.items()}
+
+
+LAYOUT = {"mamba/mamba_ssm": time_last, "mlstm/mlstm_kernels": heads_first}
+"""How a peer wants its inputs, by the first word of the op and the peer."""
+
+GATES = {"log_a": "g"}
+_FLA = {"fla": fla("fla.ops.simple_gla.chunk_simple_gla", **GATES)}
+_MLSTM = {"mlstm_kernels": mlstm_peer}
+OPS = {
+    o.name: o
+    for o in (
+        Op("decay", "H16 K128 V128", heads(gate="head"), decay("triton"), decay("torch"), _FLA),
+        Op("gla", "H16 K128 V128", heads(gate="key"), decay("triton"), decay("torch"),
+           {"fla": fla("fla.ops.gla.chunk_gla", **GATES)}),
+        Op("deltanet", "H16 K128 V128", heads(beta=True), delta("triton"), delta("torch"),
+           {"fla": fla("fla.ops.delta_rule.chunk_delta_rule")}),
+        Op("gated_deltanet", "H16 K128 V128", heads(beta=True, gate="head"), delta("triton"),
+           delta("torch"),
+           {"flash_qla": fla("flash_qla.chunk_gated_delta_rule", **GATES),
+            "fla": fla("fla.ops.gated_delta_rule.chunk_gated_delta_rule", **GATES)}),
+        Op("kda", "H16 K128 V128", heads(beta=True, gate="key"), delta("triton"), delta("torch"),
+           {"fla": fla("fla.ops.kda.chunk_kda", **GATES)}),
+        Op("mamba2", "H64 P64 N128", ssd_inputs, ssd("triton"), ssd("torch"),
+           {"mamba_ssm": ssd_peer}, sweep=()),
+        Op("mamba", "D4096 N16", mamba_inputs, mamba_ours, mamba_plain,
+           {"mamba_ssm": mamba_peer}, sweep=()),
+        Op("mlstm 7B", "H8 K256 V512", mlstm_inputs(8, 256, 512), mlstm("triton"),
+           mlstm("torch"), _MLSTM, ((8, 2048), (1, 16384)), ()),
+        Op("mlstm", "H16 K128 V128", mlstm_inputs(16, 128, 128), mlstm("triton"), mlstm("torch"),
+           _MLSTM),
+        Op("attention", "H16 D128", heads(), attention, attention),
+    )
+}  # fmt: skip
+"""By name. Attention is no op of ours: its "ours" is PyTorch's by cuDNN."""
+
+
+def inputs(name: str, side: str, batch: int, length: int) -> Inputs:
+    """Leaves of a call, the same numbers for each side."""
+    torch.manual_seed(0)
+    x = OPS[name].make(batch, length)
+    x = LAYOUT.get(f"{name.split()[0]}/{side}", lambda x: x)(x)
+    return {n: t.detach().requires_grad_() for n, t in x.items()}

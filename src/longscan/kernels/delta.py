@@ -1,0 +1,509 @@
+"""`delta` with no gate or one gate per head: four kernels over chunks of C rows.
+
+A row is one write of a token (a token with n steps has n rows); names as in `delta_chunked`. In a
+chunk with decays D_ij = exp(b_i - b_j), and L0 the strict lower part of K K^T, `solve` finds
+
+    G = -(I + L0 diag(beta))^-1 L0 * D    for E = R + G diag(beta) R, the errors at each row,
+                                          V' = diag(beta) E what is written
+
+without a division by beta, which may be zero; decays multiply G in the end, as they are a change
+of basis of the solve; its unit diagonal stays in float32. The transpose serves the backward: with
+dV' the gradient of V' outside the chunk's own solve, Z = dV' + G^T diag(beta) dV' is the whole one,
+dv = diag(beta) Z and dbeta = rowsum(Z * E).
+
+`scan` and `scan_back` go through the chunks of a sequence for one tile of columns of v, with the
+transposed state [V, K] in registers: all that depends on the state is then a left operand, which
+tensor cores take from registers, and all right operands come from memory. `gradients` runs all
+chunks at once from the states and gradients of states between them.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+# Gates are raised to 2^-32: what is left of a state is below a rounding error of float32, and
+# sums of logarithms stay so small that a weak gate after a closed one does not drown in them.
+CLOSED = tl.constexpr(-32.0)
+
+
+@triton.jit
+def _dot(a, b, acc, PRECISION: tl.constexpr):
+    return tl.dot(a, b, acc=acc, input_precision=PRECISION)
+
+
+@triton.jit
+def _rows(base, index, ok, step, j, W: tl.constexpr, BW: tl.constexpr):
+    """A tile [rows, columns]; columns from W on and rows that are not ok are zero."""
+    mask = ok[:, None]
+    if BW != W:
+        mask = mask & (j < W)[None, :]
+    return tl.load(base + index[:, None] * step + j[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _columns(base, index, ok, step, j, W: tl.constexpr, BW: tl.constexpr):
+    """The same tile as [columns, rows]."""
+    mask = ok[None, :]
+    if BW != W:
+        mask = mask & (j < W)[:, None]
+    return tl.load(base + index[None, :] * step + j[:, None], mask=mask, other=0.0)
+
+
+@triton.jit
+def _put_rows(base, x, index, ok, step, j, W: tl.constexpr, BW: tl.constexpr):
+    mask = ok[:, None]
+    if BW != W:
+        mask = mask & (j < W)[None, :]
+    tl.store(base + index[:, None] * step + j[None, :], x.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _put_columns(base, x, index, ok, step, j, W: tl.constexpr, BW: tl.constexpr):
+    mask = ok[None, :]
+    if BW != W:
+        mask = mask & (j < W)[:, None]
+    tl.store(base + index[None, :] * step + j[:, None], x.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _queries(i, ok, STEPS: tl.constexpr):
+    """Where the rows of a chunk find their query and output: the last row of each token."""
+    if STEPS > 1:
+        ok = ok & (i % STEPS == STEPS - 1)
+        i = i // STEPS
+    return i, ok
+
+
+@triton.jit
+def _decays(bi, bj, keep):
+    """exp(b_i - b_j) where `keep`, else zero."""
+    return tl.where(keep, tl.exp2(tl.minimum(bi - bj, 0.0)), 0.0)
+
+
+@triton.jit
+def _merge(g, low, beta_i, beta_j, i, j, SIZE: tl.constexpr, PRECISION: tl.constexpr):
+    """G of blocks of 2 SIZE rows from that of blocks of SIZE rows.
+
+    With B what L0 has between the two: G - (I + G diag(beta)) B (I + diag(beta) G).
+    """
+    between = (i // (2 * SIZE) == j // (2 * SIZE)) & (i // SIZE > j // SIZE)
+    b = tl.where(between, low, 0.0)
+    x = _dot(b, beta_i * g, b, PRECISION)
+    return g - _dot(g * beta_j, x, x, PRECISION)
+
+
+@triton.jit(do_not_specialize=["N"])
+def solve(
+    k, beta, log_a, g, factors, table, N,
+    H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
+    STEPS: tl.constexpr, GATED: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
+    MERGE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """G [N, H, C] of all chunks, and beta and b of their rows as factors [2, H, N] in float32."""
+    pid = tl.program_id(0).to(tl.int64)
+    piece, h = pid // H, pid % H
+    begin = tl.load(table + piece * 3 + 1) * STEPS
+    n = (tl.load(table + piece * 3 + 2) * STEPS - begin).to(tl.int32)
+    i, kk = tl.arange(0, C), tl.arange(0, BK)
+    ok = i < n
+    r, c = i[:, None], i[None, :]
+    be = tl.load(beta + (begin + i) * H + h, mask=ok, other=0.0).to(tl.float32)
+    to = factors + h * N + begin + i
+    tl.store(to, be, mask=ok)
+    if GATED:
+        index, first = i, ok
+        if STEPS > 1:
+            index, first = i // STEPS, ok & (i % STEPS == 0)
+        a = tl.load(log_a + (begin // STEPS + index) * H + h, mask=first, other=0.0)
+        a = tl.maximum(a.to(tl.float32) * LOG2E, CLOSED)
+        b = tl.sum(tl.where(r >= c, a[None, :], 0.0), 1)
+        tl.store(to + N.to(tl.int64) * H, b, mask=ok)
+    x = _rows(k + (begin * HK + h // (H // HK)) * K, i, ok, HK * K, kk, K, BK).to(DT)
+    low = tl.dot(x, tl.trans(x), input_precision=PRECISION)
+
+    # Diagonal blocks by substitution, row after row, which no cancellation can spoil.
+    NB: tl.constexpr = C // BLOCK
+    nb = tl.arange(0, NB)
+    on = (nb[:, None] == nb[None, :])[:, None, :, None]
+    blocks = tl.sum(tl.where(on, tl.reshape(low, [NB, BLOCK, NB, BLOCK]), 0.0), 2)
+    low = tl.where(r > c, low, 0.0)
+    inside = tl.arange(0, BLOCK)
+    r3, c3 = inside[None, :, None], inside[None, None, :]
+    upper = tl.where(r3 < c3, blocks, 0.0)  # row r of column c is L0_cr
+    be3 = tl.reshape(be, [NB, BLOCK])[:, :, None]
+    a3 = tl.where(r3 == c3, 1.0, tl.zeros([NB, BLOCK, BLOCK], tl.float32))  # I + diag(beta) G
+    g3 = tl.zeros([NB, BLOCK, BLOCK], tl.float32)
+    for s in range(1, BLOCK):
+        this = tl.sum(tl.where(c3 == s, upper, 0.0), 2)
+        row = -tl.sum(this[:, :, None] * a3, 1)[:, None, :]
+        g3 = tl.where(r3 == s, row, g3)
+        a3 = tl.where(r3 == s, a3 + be3 * row, a3)
+    out = tl.reshape(tl.where(on, g3[:, :, None, :], 0.0), [C, C])
+    if BLOCK < 16:
+        out = _merge(out, low, be[:, None], be[None, :], r, c, 8, MERGE)
+    if C >= 32:
+        out = _merge(out, low, be[:, None], be[None, :], r, c, 16, MERGE)
+    if C >= 64:
+        out = _merge(out, low, be[:, None], be[None, :], r, c, 32, MERGE)
+    if GATED:
+        out *= _decays(b[:, None], b[None, :], r >= c)
+    _put_rows(g + (begin * H + h) * C, out, i, ok, H * C, i, C, C)
+
+
+@triton.jit(do_not_specialize=["N"])
+def scan(
+    q, k, v, g, factors, state, o, e, states, final, starts, first, N,
+    H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
+    BV: tl.constexpr, C: tl.constexpr, STEPS: tl.constexpr, GATED: tl.constexpr,
+    ENTERS: tl.constexpr, READ: tl.constexpr, KEEP: tl.constexpr, EVERY: tl.constexpr,
+    DT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Through the chunks of a sequence, for one head and BV columns of v.
+
+    ENTERS: whether a state enters. READ: write o and the final state; KEEP: write the errors
+    e [N, H, V] and the state [V, K] that enters each piece of EVERY chunks.
+    """
+    pid = tl.program_id(0).to(tl.int64)
+    TILES: tl.constexpr = (V + BV - 1) // BV
+    WIDE: tl.constexpr = TILES * BV
+    ROWS: tl.constexpr = C // STEPS * STEPS
+    v0, h, row = (pid % TILES * BV).to(tl.int32), pid // TILES % H, pid // TILES // H
+    hk = h // (H // HK)
+    begin = tl.load(starts + row) * STEPS
+    length = (tl.load(starts + row + 1) * STEPS - begin).to(tl.int32)
+    i, kk, vv = tl.arange(0, C), tl.arange(0, BK), v0 + tl.arange(0, BV)
+    r, c = i[:, None], i[None, :]
+    every = kk < K
+    s = tl.zeros([BV, BK], tl.float32)
+    if ENTERS:
+        s = _columns(state + (row * H + h) * K * V, kk, every, V, vv, V, WIDE).to(tl.float32)
+    piece = 0
+    if KEEP:
+        piece = tl.load(first + row)
+    # Rounded where it is made: an accumulator still being written when an iteration begins makes
+    # the compiler wait for each product in turn.
+    sb = s.to(DT)
+    for step in range((length + ROWS - 1) // ROWS):
+        at = begin + step * ROWS
+        n = tl.minimum(length - step * ROWS, ROWS)
+        ok = i < n
+        x = _rows(k + (at * HK + hk) * K, i, ok, HK * K, kk, K, BK).to(DT)
+        gt = _columns(g + (at * H + h) * C, i, ok, H * C, i, C, C)
+        by = factors + h * N + at
+        beta = tl.load(by + i, mask=ok, other=0.0)
+        if GATED:
+            by += N.to(tl.int64) * H
+            b = tl.load(by + i, mask=ok, other=0.0)
+            last = tl.load(by + n - 1, mask=n > 0, other=0.0)
+        if READ:
+            iq, okq = _queries(i, ok, STEPS)
+            y = _rows(q + (at // STEPS * HK + hk) * K, iq, okq, HK * K, kk, K, BK).to(DT)
+            scores = _dot(x, tl.trans(y), None, PRECISION)
+            if GATED:
+                scores *= _decays(b[None, :], b[:, None], r <= c)
+            else:
+                scores = tl.where(r <= c, scores, 0.0)
+            scores = scores.to(DT)
+        if KEEP:
+            to = states + ((piece + step // EVERY) * H + h) * V * K
+            _put_rows(to, sb, vv, (vv < V) & (step % EVERY == 0), K, kk, K, BK)
+        asked = _dot(sb, tl.trans(x), None, PRECISION)
+        if READ:
+            out = _dot(sb, tl.trans(y), None, PRECISION)
+        wrong = _columns(v + (at * H + h) * V, i, ok, H * V, vv, V, WIDE).to(tl.float32)
+        if GATED:
+            reads = tl.exp2(b)[None, :]
+            asked *= reads
+            s *= tl.exp2(last)
+        wrong -= asked
+        wrong = _dot((wrong * beta[None, :]).to(DT), gt, wrong, PRECISION)
+        if KEEP:
+            _put_columns(e + (at * H + h) * V, wrong, i, ok, H * V, vv, V, WIDE)
+        wrong *= beta[None, :]
+        if READ:
+            if GATED:
+                out *= reads
+            out = _dot(wrong.to(DT), scores, out, PRECISION)
+            _put_columns(o + (at // STEPS * H + h) * V, out, iq, okq, H * V, vv, V, WIDE)
+        if GATED:
+            wrong *= tl.exp2(tl.minimum(last - b, 0.0))[None, :]
+        s = _dot(wrong.to(DT), x, s, PRECISION)
+        sb = s.to(DT)
+    if READ:
+        _put_columns(final + (row * H + h) * K * V, s, kk, every, V, vv, V, WIDE)
+
+
+@triton.jit(do_not_specialize=["N"])
+def scan_back(
+    q, k, g, factors, do, d_final, zs, leaving, d_state, starts, first, N,
+    H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
+    BV: tl.constexpr, C: tl.constexpr, STEPS: tl.constexpr, GATED: tl.constexpr,
+    ENTERS: tl.constexpr, EVERY: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """From the last chunk of a sequence to the first: Z, and the gradients of states.
+
+    ENTERS: whether the final state has a gradient. Writes zs [N, H, V], the gradient [V, K] of the
+    state that leaves each piece of EVERY chunks, and that of the state that entered the sequence.
+    """
+    pid = tl.program_id(0).to(tl.int64)
+    TILES: tl.constexpr = (V + BV - 1) // BV
+    WIDE: tl.constexpr = TILES * BV
+    ROWS: tl.constexpr = C // STEPS * STEPS
+    v0, h, row = (pid % TILES * BV).to(tl.int32), pid // TILES % H, pid // TILES // H
+    hk = h // (H // HK)
+    begin = tl.load(starts + row) * STEPS
+    length = (tl.load(starts + row + 1) * STEPS - begin).to(tl.int32)
+    i, kk, vv = tl.arange(0, C), tl.arange(0, BK), v0 + tl.arange(0, BV)
+    r, c = i[:, None], i[None, :]
+    every = kk < K
+    d = tl.zeros([BV, BK], tl.float32)
+    if ENTERS:
+        d = _columns(d_final + (row * H + h) * K * V, kk, every, V, vv, V, WIDE).to(tl.float32)
+    piece = tl.load(first + row)
+    steps = (length + ROWS - 1) // ROWS
+    db = d.to(DT)
+    for back in range(steps):
+        step = steps - 1 - back
+        at = begin + step * ROWS
+        n = tl.minimum(length - step * ROWS, ROWS)
+        ok = i < n
+        iq, okq = _queries(i, ok, STEPS)
+        x = _rows(k + (at * HK + hk) * K, i, ok, HK * K, kk, K, BK).to(DT)
+        y = _rows(q + (at // STEPS * HK + hk) * K, iq, okq, HK * K, kk, K, BK).to(DT)
+        dot = _columns(do + (at // STEPS * H + h) * V, iq, okq, H * V, vv, V, WIDE).to(DT)
+        gs = _rows(g + (at * H + h) * C, i, ok, H * C, i, C, C)
+        by = factors + h * N + at
+        beta = tl.load(by + i, mask=ok, other=0.0)
+        scores = _dot(y, tl.trans(x), None, PRECISION)
+        if GATED:
+            by += N.to(tl.int64) * H
+            b = tl.load(by + i, mask=ok, other=0.0)
+            last = tl.load(by + n - 1, mask=n > 0, other=0.0)
+            scores *= _decays(b[:, None], b[None, :], r >= c)
+        else:
+            scores = tl.where(r >= c, scores, 0.0)
+        scores = scores.to(DT)
+        to = leaving + ((piece + step // EVERY) * H + h) * V * K
+        ends = (step % EVERY == EVERY - 1) | (back == 0)
+        _put_rows(to, db, vv, (vv < V) & ends, K, kk, K, BK)
+        dz = _dot(db, tl.trans(x), None, PRECISION)
+        d_read = dot
+        if GATED:
+            dz *= tl.exp2(tl.minimum(last - b, 0.0))[None, :]
+            reads = tl.exp2(b)[None, :]
+            d_read = (dot * reads).to(DT)
+            d *= tl.exp2(last)
+        dz = _dot(dot, scores, dz, PRECISION)
+        d = _dot(d_read, y, d, PRECISION)
+        dz = _dot((dz * beta[None, :]).to(DT), gs, dz, PRECISION)
+        _put_columns(zs + (at * H + h) * V, dz, i, ok, H * V, vv, V, WIDE)
+        dz *= -beta[None, :]
+        if GATED:
+            dz *= reads
+        d = _dot(dz.to(DT), x, d, PRECISION)
+        db = d.to(DT)
+    _put_columns(d_state + (row * H + h) * K * V, d, kk, every, V, vv, V, WIDE)
+
+
+@triton.jit
+def _put_decay(to, db, i, ok, H, STEPS: tl.constexpr):
+    """The gradient of log_a from that of the sums b: it enters the sums of all later rows."""
+    da = tl.sum(tl.where(i[:, None] >= i[None, :], db[:, None], 0.0), 0)
+    if STEPS > 1:
+        ok = ok & (i % STEPS == 0)
+        i = i // STEPS
+    tl.store(to + i * H, da, mask=ok)
+
+
+@triton.jit
+def _sums(by, i, ok, n, ROWS: tl.constexpr, EVERY: tl.constexpr):
+    """b of the rows of a piece of one or two chunks, and at its end, from b of each chunk."""
+    b = tl.load(by + i, mask=ok, other=0.0)
+    last = tl.load(by + n - 1, mask=n > 0, other=0.0)
+    if EVERY > 1:
+        more = tl.load(by + ROWS - 1, mask=n > ROWS, other=0.0)
+        b += tl.where(i >= ROWS, more, 0.0)
+        last += more
+    return b, last
+
+
+@triton.jit
+def _by_queries(
+    q, k, factors, do, e, states, leaving, dq, d_log_a, piece, begin, n, tile, hk, N,
+    H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
+    BV: tl.constexpr, C: tl.constexpr, STEPS: tl.constexpr, GATED: tl.constexpr,
+    EVERY: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq, and what log_a gets by the queries and by the state that leaves."""
+    ROWS: tl.constexpr = C // EVERY // STEPS * STEPS
+    WIDE_K: tl.constexpr = (K + BK - 1) // BK * BK
+    WIDE: tl.constexpr = (V + BV - 1) // BV * BV
+    i, kk = tl.arange(0, C), tile * BK + tl.arange(0, BK)
+    ok = i < n
+    iq, okq = _queries(i, ok, STEPS)
+    r, c = i[:, None], i[None, :]
+    token = begin // STEPS
+    dy = tl.zeros([C, BK], tl.float32)
+    before = tl.zeros([C], tl.float32)
+    for group in range(H // HK):
+        h = hk * (H // HK) + group
+        ds = tl.zeros([C, C], tl.float32)
+        part = tl.zeros([C, BK], tl.float32)
+        product = tl.zeros([BV], tl.float32)
+        for v0 in range(0, V, BV):
+            vv = v0 + tl.arange(0, BV)
+            d = _rows(do + (token * H + h) * V, iq, okq, H * V, vv, V, WIDE).to(DT)
+            w = _rows(e + (begin * H + h) * V, i, ok, H * V, vv, V, WIDE)
+            s = _rows(states + (piece * H + h) * V * K, vv, vv < V, K, kk, K, WIDE_K)
+            ds = _dot(d, tl.trans(w), ds, PRECISION)
+            part = _dot(d, s, part, PRECISION)
+            if GATED:
+                end = _rows(leaving + (piece * H + h) * V * K, vv, vv < V, K, kk, K, WIDE_K)
+                product += tl.sum(s.to(tl.float32) * end.to(tl.float32), 1)
+        by = factors + h * N + begin
+        ds *= tl.load(by + i, mask=ok, other=0.0)[None, :]
+        if GATED:
+            b, last = _sums(by + N.to(tl.int64) * H, i, ok, n, ROWS, EVERY)
+            ds *= _decays(b[:, None], b[None, :], r >= c)
+            part *= tl.exp2(b)[:, None]
+        else:
+            ds = tl.where(r >= c, ds, 0.0)
+        x = _rows(k + (begin * HK + hk) * K, i, ok, HK * K, kk, K, WIDE_K).to(DT)
+        dy += _dot(ds.to(DT), x, part, PRECISION)
+        if GATED:
+            y = _rows(q + (token * HK + hk) * K, iq, okq, HK * K, kk, K, WIDE_K)
+            total = tl.sum(dy * y.to(tl.float32), 1)
+            # What leaves the piece comes later than every row.
+            end = tl.exp2(last) * tl.sum(product)
+            db = total - before + tl.where(i == C - 1, end, 0.0)
+            to = d_log_a + (tile * 2 * (N // STEPS) + token) * H + h
+            _put_decay(to, db, i, ok, H, STEPS)
+            before = total
+    _put_rows(dq + (token * HK + hk) * K, dy, iq, okq, HK * K, kk, K, WIDE_K)
+
+
+@triton.jit
+def _by_keys(
+    q, k, factors, do, e, zs, states, leaving, dk, dv, d_beta, d_log_a, piece, begin, n, tile, hk,
+    N, H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
+    BV: tl.constexpr, C: tl.constexpr, STEPS: tl.constexpr, GATED: tl.constexpr,
+    EVERY: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk, dv and dbeta, and what log_a gets by the keys."""
+    ROWS: tl.constexpr = C // EVERY // STEPS * STEPS
+    WIDE_K: tl.constexpr = (K + BK - 1) // BK * BK
+    WIDE: tl.constexpr = (V + BV - 1) // BV * BV
+    i, kk = tl.arange(0, C), tile * BK + tl.arange(0, BK)
+    ok = i < n
+    iq, okq = _queries(i, ok, STEPS)
+    r, c = i[:, None], i[None, :]
+    token = begin // STEPS
+    dx = tl.zeros([C, BK], tl.float32)
+    before = tl.zeros([C], tl.float32)
+    for group in range(H // HK):
+        h = hk * (H // HK) + group
+        by = factors + h * N + begin
+        beta = tl.load(by + i, mask=ok, other=0.0)
+        # With M = Z V'^T, keys i and j < i meet in -M_ij: once in the gradient of k_i, once in
+        # that of k_j, for which another product finds M^T, as turning an accumulator is not safe.
+        m = tl.zeros([C, C], tl.float32)
+        turned = tl.zeros([C, C], tl.float32)
+        ds = tl.zeros([C, C], tl.float32)
+        for v0 in range(0, V, BV):
+            vv = v0 + tl.arange(0, BV)
+            u = _rows(zs + (begin * H + h) * V, i, ok, H * V, vv, V, WIDE)
+            w = _rows(e + (begin * H + h) * V, i, ok, H * V, vv, V, WIDE)
+            d = _rows(do + (token * H + h) * V, iq, okq, H * V, vv, V, WIDE).to(DT)
+            m = _dot(u, tl.trans(w), m, PRECISION)
+            turned = _dot(w, tl.trans(u), turned, PRECISION)
+            ds = _dot(w, tl.trans(d), ds, PRECISION)
+            if tile == 0:
+                given = u.to(tl.float32) * beta[:, None]
+                _put_rows(dv + (begin * H + h) * V, given, i, ok, H * V, vv, V, WIDE)
+        if tile == 0:
+            diagonal = tl.sum(tl.where(r == c, m, 0.0), 1)
+            tl.store(d_beta + (begin + i) * H + h, diagonal, mask=ok)
+        x = _rows(k + (begin * HK + hk) * K, i, ok, HK * K, kk, K, WIDE_K).to(DT)
+        y = _rows(q + (token * HK + hk) * K, iq, okq, HK * K, kk, K, WIDE_K).to(DT)
+        both = beta[:, None] * -beta[None, :]
+        m = tl.where(r > c, m * both, 0.0)
+        turned = tl.where(r < c, turned * both, 0.0)
+        ds = tl.where(r <= c, ds * beta[:, None], 0.0)
+        if GATED:
+            b, last = _sums(by + N.to(tl.int64) * H, i, ok, n, ROWS, EVERY)
+            m *= _decays(b[:, None], b[None, :], r > c)
+            decays = _decays(b[None, :], b[:, None], r <= c)
+            turned *= decays
+            ds *= decays
+        rounded = m.to(DT)
+        if GATED:  # with the very numbers that dx gets: errors of later rows cancel in the sums
+            db = 2 * tl.sum(rounded.to(tl.float32) * _dot(x, tl.trans(x), None, PRECISION), 1)
+        dx = _dot(rounded, x, dx, PRECISION)
+        dx = _dot(turned.to(DT), x, dx, PRECISION)
+        dx = _dot(ds.to(DT), y, dx, PRECISION)
+
+        part = tl.zeros([C, BK], tl.float32)
+        for v0 in range(0, V, BV):
+            vv = v0 + tl.arange(0, BV)
+            u = _rows(zs + (begin * H + h) * V, i, ok, H * V, vv, V, WIDE)
+            s = _rows(states + (piece * H + h) * V * K, vv, vv < V, K, kk, K, WIDE_K)
+            part = _dot(u, s, part, PRECISION)
+        part *= -beta[:, None]
+        if GATED:
+            part *= tl.exp2(b)[:, None]
+            db += 2 * tl.sum(part * x.to(tl.float32), 1)
+        dx += part
+
+        part = tl.zeros([C, BK], tl.float32)
+        for v0 in range(0, V, BV):
+            vv = v0 + tl.arange(0, BV)
+            w = _rows(e + (begin * H + h) * V, i, ok, H * V, vv, V, WIDE)
+            d = _rows(leaving + (piece * H + h) * V * K, vv, vv < V, K, kk, K, WIDE_K)
+            part = _dot(w, d, part, PRECISION)
+        part *= beta[:, None]
+        if GATED:
+            part *= tl.exp2(tl.minimum(last - b, 0.0))[:, None]
+        dx += part
+        if GATED:
+            # b enters terms of k.dk with a minus, but L and what a key asks, at its own row, with
+            # a plus; what the keys write into the state that leaves comes back at the last row.
+            sent = tl.sum(part * x.to(tl.float32), 1)
+            total = tl.sum(dx * x.to(tl.float32), 1)
+            db += tl.where(i == C - 1, tl.sum(sent, 0), 0.0) - (total - before)
+            before = total
+            to = d_log_a + ((tile * 2 + 1) * (N // STEPS) + token) * H + h
+            _put_decay(to, db, i, ok, H, STEPS)
+    _put_rows(dk + (begin * HK + hk) * K, dx, i, ok, HK * K, kk, K, WIDE_K)
+
+
+@triton.jit(do_not_specialize=["N"])
+def gradients(
+    q, k, factors, do, e, zs, states, leaving, dq, dk, dv, d_beta, d_log_a, table, N,
+    H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
+    BV: tl.constexpr, C: tl.constexpr, STEPS: tl.constexpr, GATED: tl.constexpr,
+    EVERY: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq, dk, dv, dbeta, dlog_a of one piece of C rows, for BK channels of a key head.
+
+    One program for what comes by the queries and one for what comes by the keys; neighbours, as
+    they read much the same. d_log_a [2 tiles of channels, tokens, H] holds the parts of both. The
+    sums over time end with the piece, so that no rounding error travels further.
+    """
+    pid = tl.program_id(0).to(tl.int64)
+    TILES: tl.constexpr = (K + BK - 1) // BK
+    role, tile = (pid % 2).to(tl.int32), (pid // 2 % TILES).to(tl.int32)
+    hk, piece = pid // 2 // TILES % HK, pid // 2 // TILES // HK
+    begin = tl.load(table + piece * 3 + 1) * STEPS
+    n = (tl.load(table + piece * 3 + 2) * STEPS - begin).to(tl.int32)
+    if role == 0:
+        _by_keys(
+            q, k, factors, do, e, zs, states, leaving, dk, dv, d_beta, d_log_a, piece, begin, n,
+            tile, hk, N, H, HK, K, V, BK, BV, C, STEPS, GATED, EVERY, DT, PRECISION,
+        )  # fmt: skip
+    else:
+        _by_queries(
+            q, k, factors, do, e, states, leaving, dq, d_log_a, piece, begin, n, tile, hk, N,
+            H, HK, K, V, BK, BV, C, STEPS, GATED, EVERY, DT, PRECISION,
+        )  # fmt: skip

@@ -1,0 +1,529 @@
+"""`delta` with a gate per key channel: scores and inverses of chunks, then scans of the state.
+
+Names and equations are those of `longscan.ops.delta.delta_chunked`; b is the cumulative log gate
+(base 2) within a chunk of C tokens, S the state that enters it:
+
+    P_ts = sum_d q_td k_sd 2^(b_td - b_sd)   s <= t        L: the same of k with k, s < t
+    A    = (I + diag(beta) L)^-1 diag(beta)                V' = A (V - (k 2^b) S)
+    o    = (q 2^b) S + P V'                                S' = 2^b_end S + (k 2^(b_end - b))^T V'
+
+A letter d before a name is the gradient by it; D is that by the state that leaves a chunk. The
+backward needs no inverse of its own: with dV = A^T dV', dL = -tril(dV V'^T, -1) and
+dbeta = (dV . V') / beta^2.
+
+In a near chunk no channel decays by more than 2^(2 REACH): decays between tokens are then products
+of two, from and to the middle of that decay, and P and L one product each. In a far one pairs are
+taken by the halves of blocks that they lie in, so that no exponent is above zero. A launch looks
+after the near chunks and a second one, which mostly finds nothing to do, after the far ones.
+
+Tokens of all sequences lie one after the other; tensors are [tokens, heads, ...]. The scans hold
+the state transposed: it and all that is computed from it are then left operands, which stay in
+registers, and decayed keys and queries are right ones, which come from memory as they are.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+# A gate below 2^-150 is zero in float32; the floor admits -inf. It is a bfloat16.
+FLOOR = tl.constexpr(-104.0)
+# Half of what a near chunk decays by at most, as a power of two.
+REACH = tl.constexpr(60.0)
+# Stands for beta = 0, so that dbeta can divide by it; its square is still a normal number.
+LEAST = tl.constexpr(2.0**-30)
+
+
+@triton.jit
+def _load(base, rows, cols, stride, height, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+    """Rows below `height` and columns below WIDTH of a matrix; the rest is zero."""
+    mask = rows[:, None] < height
+    if PADDED:
+        mask = mask & (cols[None, :] < WIDTH)
+    return tl.load(base + rows[:, None] * stride + cols[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _again(base, rows, cols, stride, height, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+    """`_load` of what was loaded before: the modifier keeps the compiler from keeping it."""
+    mask = rows[:, None] < height
+    if PADDED:
+        mask = mask & (cols[None, :] < WIDTH)
+    at = base + rows[:, None] * stride + cols[None, :]
+    return tl.load(at, mask=mask, other=0.0, cache_modifier=".ca")
+
+
+@triton.jit
+def _store(base, x, rows, cols, stride, height, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+    mask = rows[:, None] < height
+    if PADDED:
+        mask = mask & (cols[None, :] < WIDTH)
+    tl.store(base + rows[:, None] * stride + cols[None, :], x.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _gates(log_a):
+    return tl.maximum(log_a.to(tl.float32), FLOOR)
+
+
+@triton.jit
+def _upper(x):
+    """The upper half of the bits of float32 numbers, as bfloat16, and what it leaves."""
+    bits = x.to(tl.int32, bitcast=True)
+    rest = x - (bits & -65536).to(tl.float32, bitcast=True)
+    return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True), rest
+
+
+@triton.jit
+def _sums(which, x, PARTS: tl.constexpr):
+    """which @ x for a matrix of booleans: sums over tokens, on the tensor cores.
+
+    x is taken apart into PARTS bfloat16 numbers: one, if it comes in that type; two have 16 of its
+    bits, three all. Sums of gates are never differences of other sums: a closed gate must not
+    swallow the digits of those beside it.
+    """
+    which = which.to(tl.float32).to(tl.bfloat16)  # the interpreter knows no direct way
+    if PARTS == 1:
+        out = tl.dot(which, x.to(tl.bfloat16))
+    else:
+        high, rest = _upper(x)
+        out = tl.dot(which, high)
+        if PARTS == 3:
+            high, rest = _upper(rest)
+            out = tl.dot(which, high, out)
+        out = tl.dot(which, rest.to(tl.bfloat16), out)
+    return out
+
+
+@triton.jit
+def _decays(g, C: tl.constexpr, PARTS: tl.constexpr):
+    """2^b and 2^(b_end - b): the decay since the chunk began, and until it ends; and b_end."""
+    i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+    since = tl.exp2(_sums(i >= j, g, PARTS) * LOG2E)
+    until = tl.exp2(_sums(i < j, g, PARTS) * LOG2E)
+    return since, until, tl.sum(g, 0) * LOG2E
+
+
+@triton.jit
+def _middle(end):
+    """A whole number z, about the middle of a chunk's decay, and what z leaves of it.
+
+    2^(b_t - b_s) = 2^(b_t - z) 2^(z - b_s) loses nothing where both exponents are moderate, as in
+    a near chunk. In others the limits keep numbers finite, and no result is of use.
+    """
+    z = tl.maximum(tl.floor(end * 0.5), -REACH)
+    return z, tl.maximum(end - z, -REACH)
+
+
+@triton.jit
+def _border(g, level, C: tl.constexpr, PARTS: tl.constexpr):
+    """Decay between a token and the middle of its block of 2^(level + 1) tokens."""
+    t = tl.arange(0, C)
+    late = ((t >> level) & 1 == 1)[:, None]
+    i, j = t[:, None], t[None, :]
+    way = ((i >> level) == (j >> level)) & ((late & (j <= i)) | ((late == 0) & (j > i)))
+    return tl.exp2(_sums(way, g, PARTS) * LOG2E)
+
+
+@triton.jit
+def _across(level, C: tl.constexpr):
+    """The pairs t > s with that middle between them."""
+    i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+    return (i > j) & (((i >> level) ^ (j >> level)) == 1)
+
+
+@triton.jit
+def _merge(m, x, N: tl.constexpr, PRECISION: tl.constexpr):
+    """Inverses of the diagonal blocks of 2 N rows of I + m, from those, x, of blocks of N rows."""
+    i, j = tl.arange(0, m.shape[0])[:, None] // N, tl.arange(0, m.shape[0])[None, :] // N
+    between = tl.where((i // 2 == j // 2) & (i > j), m, 0.0)
+    between = tl.dot(between, x, input_precision=PRECISION)
+    return x - tl.dot(x, between, input_precision=PRECISION)
+
+
+@triton.jit
+def _inverse(m, C: tl.constexpr, PRECISION: tl.constexpr):
+    """(I + m)^-1 of a strictly lower m [C, C]: blocks of 16 by substitution, then by halves.
+
+    Substitution and not a product of powers: with beta = 2 and like keys powers are large.
+    """
+    G: tl.constexpr = C // 16
+    g = tl.arange(0, G)
+    same = (g[:, None] == g[None, :])[:, None, :, None]
+    blocks = tl.sum(tl.where(same, tl.reshape(m, (G, 16, G, 16)), 0.0), 2)
+    r = tl.arange(0, 16)
+    row, column = r[None, :, None], r[None, None, :]
+    x = tl.where(row == column, 1.0, 0.0) + tl.zeros_like(blocks)
+    for i in range(0, 15):  # row i is done, and leaves those below it
+        by = tl.sum(tl.where(column == i, blocks, 0.0), 2)
+        done = tl.sum(tl.where(row == i, x, 0.0), 1)
+        x -= tl.expand_dims(by, 2) * tl.expand_dims(done, 1)
+    x = tl.reshape(tl.where(same, tl.expand_dims(x, 2), 0.0), (C, C))
+    if C >= 32:
+        x = _merge(m, x, 16, PRECISION)
+    if C >= 64:
+        x = _merge(m, x, 32, PRECISION)
+    return x
+
+
+@triton.jit
+def prepare(
+    q, k, beta, log_a, read, into, out, ends, far, scores, inverse, table,
+    H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
+    BK: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    PARTS: tl.constexpr, SCORES: tl.constexpr, FAR: tl.constexpr,
+):  # fmt: skip
+    """What the scans need of a chunk of a head: decayed q and k, P and A.
+
+    read = q 2^b, into = k 2^b, out = k 2^(b_end - b), all [tokens, H, K]; ends = 2^b_end
+    [chunks, H, K]. With SCORES: P and A, scores and inverse [tokens, H, C], and whether the chunk
+    is far, far [chunks, H]. FAR: nothing but P and A, of far chunks only.
+    """
+    pid = tl.program_id(0)
+    piece, h = (pid // H).to(tl.int64), pid % H
+    if FAR:
+        near = tl.load(far + pid) == 0
+        if near:
+            return
+    first = tl.load(table + piece * 3 + 1)
+    n = (tl.load(table + piece * 3 + 2) - first).to(tl.int32)
+    i, d = tl.arange(0, C), tl.arange(0, BK)
+    q += (first * HK + h // (H // HK)) * K
+    k += (first * HK + h // (H // HK)) * K
+    at_gates = (first * H + h) * K
+    P = tl.zeros((C, C), tl.float32)
+    L = tl.zeros((C, C), tl.float32)
+    lowest = tl.full([], 0.0, tl.float32)
+    for at in range(0, K, BK):
+        g = _gates(_load(log_a + at_gates, i, at + d, H * K, n, K, K % BK != 0))
+        x = _load(q, i, at + d, HK * K, n, K, K % BK != 0).to(tl.float32)
+        y = _load(k, i, at + d, HK * K, n, K, K % BK != 0).to(tl.float32)
+        if FAR:
+            P += tl.where(i[:, None] == i[None, :], tl.sum(x * y, 1)[:, None], 0.0)
+            for level in range(0, LEVELS):
+                e = _border(g, level, C, PARTS)
+                keys = (y * e).to(OPERAND)
+                now = _across(level, C)
+                p = tl.dot((x * e).to(OPERAND), tl.trans(keys), input_precision=PRECISION)
+                P += tl.where(now, p, 0.0)
+                p = tl.dot(keys, tl.trans(keys), input_precision=PRECISION)
+                L += tl.where(now, p, 0.0)
+        else:
+            since, until, end = _decays(g, C, PARTS)
+            xs, ys, y = x * since, y * since, y * until
+            _store(read + at_gates, xs, i, at + d, H * K, n, K, K % BK != 0)
+            _store(into + at_gates, ys, i, at + d, H * K, n, K, K % BK != 0)
+            _store(out + at_gates, y, i, at + d, H * K, n, K, K % BK != 0)
+            to = ends + (piece * H + h) * K + at + d
+            tl.store(to, tl.exp2(end), mask=at + d < K)
+            if SCORES:
+                lowest = tl.minimum(lowest, tl.min(end, 0))
+                z, rest = _middle(end)
+                late, early = tl.exp2(-z)[None, :], tl.exp2(-rest)[None, :]
+                keys = tl.trans((y * early).to(OPERAND))
+                P = tl.dot((xs * late).to(OPERAND), keys, P, input_precision=PRECISION)
+                L = tl.dot((ys * late).to(OPERAND), keys, L, input_precision=PRECISION)
+    if SCORES:
+        w = tl.load(beta + (first + i) * H + h, mask=i < n, other=0.0).to(tl.float32)
+        w = tl.where(tl.abs(w) < LEAST, LEAST, w)
+        scores += (first * H + h) * C
+        inverse += (first * H + h) * C
+        if not FAR:
+            # float32 takes sums of gates only where they have digits enough.
+            tl.store(far + pid, (lowest < (-32.0 if WIDE else -2 * REACH)).to(tl.int32))
+        P = tl.where(i[:, None] >= i[None, :], P, 0.0)
+        L = tl.where(i[:, None] > i[None, :], L, 0.0)
+        _store(scores, P, i, i, H * C, n, C, False)
+        A = _inverse(L * w[:, None], C, PRECISION) * w[None, :]
+        _store(inverse, A, i, i, H * C, n, C, False)
+
+
+@triton.jit
+def forward(
+    read, into, out, ends, v, scores, inverse, state, o, final, states, written, starts, before,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
+    BV: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    ENTERS: tl.constexpr, READ: tl.constexpr,
+):  # fmt: skip
+    """All chunks of a sequence and head, BV columns of the state.
+
+    READ: gives o and the final state; else the states that enter chunks and V', for the backward.
+    Shapes: state, final [rows, H, K, V] (state only with ENTERS); states [chunks, H, V, K];
+    written, o [tokens, H, V].
+    """
+    pid = tl.program_id(0).to(tl.int64)
+    TILES: tl.constexpr = (V + BV - 1) // BV
+    row, h, tile = pid // TILES // H, pid // TILES % H, (pid % TILES).to(tl.int32)
+    first = tl.load(starts + row)
+    length = (tl.load(starts + row + 1) - first).to(tl.int32)
+    chunk = tl.load(before + row)
+    i, d, e = tl.arange(0, C), tl.arange(0, BK), tile * BV + tl.arange(0, BV)
+    keys, values, square = (first * H + h) * K, (first * H + h) * V, (first * H + h) * C
+    read += keys
+    into += keys
+    out += keys
+    v += values
+    o += values
+    written += values
+    scores += square
+    inverse += square
+    ends += (chunk * H + h) * K
+    states += (chunk * H + h) * K * V
+    if ENTERS:
+        S = tl.trans(_load(state + (row * H + h) * K * V, d, e, V, K, V, V % BV != 0))
+    else:
+        S = tl.zeros((BV, BK), tl.float32)
+    for at in range(0, length, C):
+        n = length - at
+        asking = _load(into, i, d, H * K, n, K, K != BK)
+        u = _load(v, i, e, H * V, n, V, V % BV != 0)
+        a = _load(inverse, i, i, H * C, n, C, False)
+        writing = _load(out, i, d, H * K, n, K, K != BK)
+        kept = tl.load(ends + d, mask=d < K, other=0.0)
+        if READ:
+            reading = _load(read, i, d, H * K, n, K, K != BK)
+            p = _load(scores, i, i, H * C, n, C, False)
+        s = S.to(OPERAND)
+        if not READ:
+            _store(states, S, e, d, K, V, K, K != BK)
+        asked = tl.dot(s, tl.trans(asking), input_precision=PRECISION)
+        u = (tl.trans(u).to(tl.float32) - asked).to(OPERAND)
+        u = tl.dot(u, tl.trans(a), input_precision=PRECISION).to(OPERAND)
+        if READ:
+            y = tl.dot(s, tl.trans(reading), input_precision=PRECISION)
+            y = tl.dot(u, tl.trans(p), y, input_precision=PRECISION)
+            _store(o, tl.trans(y), i, e, H * V, n, V, V % BV != 0)
+        else:
+            _store(written, tl.trans(u), i, e, H * V, n, V, V % BV != 0)
+        S *= kept[None, :]
+        S = tl.dot(u, writing, S, input_precision=PRECISION)
+        read += C * H * K
+        into += C * H * K
+        out += C * H * K
+        v += C * H * V
+        o += C * H * V
+        written += C * H * V
+        scores += C * H * C
+        inverse += C * H * C
+        ends += H * K
+        states += H * K * V
+    if READ:
+        _store(final + (row * H + h) * K * V, tl.trans(S), d, e, V, K, V, V % BV != 0)
+
+
+@triton.jit
+def backward(
+    read, into, out, ends, scores, inverse, do, dfinal, dv, dstates, dstate, starts, before,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
+    BV: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, ENTERS: tl.constexpr,
+):  # fmt: skip
+    """dv, and D of every chunk, from the last chunk to the first.
+
+    Shapes: dv, do [tokens, H, V]; dstates [chunks, H, V, K]; dfinal, dstate [rows, H, K, V]
+    (dfinal only with ENTERS).
+    """
+    pid = tl.program_id(0).to(tl.int64)
+    TILES: tl.constexpr = (V + BV - 1) // BV
+    row, h, tile = pid // TILES // H, pid // TILES % H, (pid % TILES).to(tl.int32)
+    first = tl.load(starts + row)
+    length = (tl.load(starts + row + 1) - first).to(tl.int32)
+    chunks = (length + C - 1) // C
+    chunk = tl.load(before + row) + chunks - 1
+    i, d, e = tl.arange(0, C), tl.arange(0, BK), tile * BV + tl.arange(0, BV)
+    first += (chunks - 1) * C
+    keys, values, square = (first * H + h) * K, (first * H + h) * V, (first * H + h) * C
+    read += keys
+    into += keys
+    out += keys
+    do += values
+    dv += values
+    scores += square
+    inverse += square
+    ends += (chunk * H + h) * K
+    dstates += (chunk * H + h) * K * V
+    if ENTERS:
+        D = tl.trans(_load(dfinal + (row * H + h) * K * V, d, e, V, K, V, V % BV != 0))
+    else:
+        D = tl.zeros((BV, BK), tl.float32)
+    for back in range(0, chunks):
+        n = length - (chunks - 1 - back) * C
+        writing = _load(out, i, d, H * K, n, K, K != BK)
+        y = tl.trans(_load(do, i, e, H * V, n, V, V % BV != 0).to(OPERAND))
+        p = _load(scores, i, i, H * C, n, C, False)
+        a = _load(inverse, i, i, H * C, n, C, False)
+        reading = _load(read, i, d, H * K, n, K, K != BK)
+        asking = _load(into, i, d, H * K, n, K, K != BK)
+        kept = tl.load(ends + d, mask=d < K, other=0.0)
+        _store(dstates, D, e, d, K, V, K, K != BK)
+        u = tl.dot(D.to(OPERAND), tl.trans(writing), input_precision=PRECISION)
+        u = tl.dot(y, p, u, input_precision=PRECISION).to(OPERAND)
+        D *= kept[None, :]
+        D = tl.dot(y, reading, D, input_precision=PRECISION)
+        x = tl.dot(u, a, input_precision=PRECISION)
+        _store(dv, tl.trans(x.to(OPERAND)), i, e, H * V, n, V, V % BV != 0)
+        D = tl.dot((-x).to(OPERAND), asking, D, input_precision=PRECISION)
+        read -= C * H * K
+        into -= C * H * K
+        out -= C * H * K
+        do -= C * H * V
+        dv -= C * H * V
+        scores -= C * H * C
+        inverse -= C * H * C
+        ends -= H * K
+        dstates -= H * K * V
+    _store(dstate + (row * H + h) * K * V, tl.trans(D), d, e, V, K, V, V % BV != 0)
+
+
+@triton.jit
+def pairs(
+    beta, do, dv, written, dscores, dlower, dself, dbeta, table,
+    H: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dP and dL below the diagonal [tokens, H, C], dP on it (dself [tokens, H]), and dbeta."""
+    pid = tl.program_id(0).to(tl.int64)
+    piece, h = pid // H, pid % H
+    first = tl.load(table + piece * 3 + 1)
+    n = (tl.load(table + piece * 3 + 2) - first).to(tl.int32)
+    i, e = tl.arange(0, C), tl.arange(0, BV)
+    do += (first * H + h) * V
+    dv += (first * H + h) * V
+    written += (first * H + h) * V
+    P = tl.zeros((C, C), tl.float32)
+    L = tl.zeros((C, C), tl.float32)
+    diagonal = tl.zeros((C,), tl.float32)
+    writes = tl.zeros((C,), tl.float32)
+    for at in range(0, V, BV):
+        y = _load(do, i, at + e, H * V, n, V, V % BV != 0)
+        u = _load(dv, i, at + e, H * V, n, V, V % BV != 0)
+        w = _load(written, i, at + e, H * V, n, V, V % BV != 0)
+        right = tl.trans(w.to(OPERAND))
+        P = tl.dot(y.to(OPERAND), right, P, input_precision=PRECISION)
+        L = tl.dot(u.to(OPERAND), right, L, input_precision=PRECISION)
+        w = w.to(tl.float32)
+        diagonal += tl.sum(y.to(tl.float32) * w, 1)
+        writes += tl.sum(u.to(tl.float32) * w, 1)
+    below = i[:, None] > i[None, :]
+    dscores += (first * H + h) * C
+    dlower += (first * H + h) * C
+    _store(dscores, tl.where(below, P, 0.0), i, i, H * C, n, C, False)
+    _store(dlower, tl.where(below, -L, 0.0), i, i, H * C, n, C, False)
+    at = (first + i) * H + h
+    tl.store(dself + at, diagonal, mask=i < n)
+    b = tl.load(beta + at, mask=i < n, other=1.0).to(tl.float32)
+    b = tl.where(tl.abs(b) < LEAST, LEAST, b)
+    tl.store(dbeta + at, (writes / b / b).to(dbeta.dtype.element_ty), mask=i < n)
+
+
+@triton.jit
+def gradients(
+    q, k, log_a, do, dv, written, states, dstates, dscores, dlower, dself, far, dq, dk, dlog_a,
+    table,
+    H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
+    LEVELS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr, PARTS: tl.constexpr, FAR: tl.constexpr,
+):  # fmt: skip
+    """dq, dk, dlog_a of BK channels of a chunk, all [tokens, H, K]; of far chunks, or the others.
+
+    The sum over time behind dlog_a begins anew in every chunk, from <S, D> of each channel. What
+    a token reads of its own writes has no gate, and never enters that sum.
+    """
+    pid = tl.program_id(0)
+    TILES: tl.constexpr = (K + BK - 1) // BK
+    piece, h, tile = (pid // TILES // H).to(tl.int64), pid // TILES % H, pid % TILES
+    if (tl.load(far + pid // TILES) != 0) != FAR:
+        return
+    first = tl.load(table + piece * 3 + 1)
+    n = (tl.load(table + piece * 3 + 2) - first).to(tl.int32)
+    i, d, e = tl.arange(0, C), tile * BK + tl.arange(0, BK), tl.arange(0, BV)
+    do += (first * H + h) * V
+    dv += (first * H + h) * V
+    written += (first * H + h) * V
+    states += (piece * H + h) * K * V
+    dstates += (piece * H + h) * K * V
+    at_keys = (first * H + h) * K
+    # One after the other: all three parts at once would not fit the registers.
+    writes = tl.zeros((C, BK), tl.float32)
+    kept = tl.zeros((BK,), tl.float32)
+    for at in range(0, V, BV):
+        D = _load(dstates, at + e, d, K, V, K, K % BK != 0)
+        w = _load(written, i, at + e, H * V, n, V, V % BV != 0)
+        S = _load(states, at + e, d, K, V, K, K % BK != 0)
+        writes = tl.dot(w, D, writes, input_precision=PRECISION)
+        kept += tl.sum(S.to(tl.float32) * D.to(tl.float32), 0)
+    log_a += at_keys
+    q += (first * HK + h // (H // HK)) * K
+    k += (first * HK + h // (H // HK)) * K
+    g = _gates(_load(log_a, i, d, H * K, n, K, K % BK != 0))
+    x = _load(q, i, d, HK * K, n, K, K % BK != 0).to(tl.float32)
+    z = _load(k, i, d, HK * K, n, K, K % BK != 0).to(tl.float32)
+    p = _load(dscores + (first * H + h) * C, i, i, H * C, n, C, False)
+    a = _load(dlower + (first * H + h) * C, i, i, H * C, n, C, False)
+    own = tl.load(dself + (first + i) * H + h, mask=i < n, other=0.0)[:, None]
+    since, until, end = _decays(g, C, PARTS)
+    kept *= tl.exp2(end)
+    if FAR:
+        writes *= until
+        kept += tl.sum(z * writes, 0)
+        for level in range(0, LEVELS):
+            border = _border(g, level, C, PARTS)
+            now = _across(level, C)
+            pp, aa = tl.where(now, p, 0.0).to(OPERAND), tl.where(now, a, 0.0).to(OPERAND)
+            keys, reading = (z * border).to(OPERAND), (x * border).to(OPERAND)
+            t = tl.dot(tl.trans(pp), reading, input_precision=PRECISION)
+            t = tl.dot(tl.trans(aa), keys, t, input_precision=PRECISION)
+            writes += t * border
+    else:
+        middle, rest = _middle(end)
+        until *= tl.exp2(-rest)[None, :]
+        since *= tl.exp2(-middle)[None, :]
+        keys, writes = z * until, writes * tl.exp2(rest)[None, :]
+        kept += tl.sum(keys * writes, 0)
+        keys = keys.to(OPERAND)
+        reading, asking = (x * since).to(OPERAND), (z * since).to(OPERAND)
+        writes = tl.dot(tl.trans(p), reading, writes, input_precision=PRECISION)
+        writes = tl.dot(tl.trans(a), asking, writes, input_precision=PRECISION) * until
+    dsum = -z * writes
+    asks = tl.zeros((C, BK), tl.float32)
+    reads = tl.zeros((C, BK), tl.float32)
+    for at in range(0, V, BV):
+        S = _load(states, at + e, d, K, V, K, K % BK != 0)
+        u = _load(dv, i, at + e, H * V, n, V, V % BV != 0)
+        asks = tl.dot(u, S, asks, input_precision=PRECISION)
+    if FAR:
+        asks *= -since
+        for level in range(0, LEVELS):
+            border = _border(g, level, C, PARTS)
+            aa = tl.where(_across(level, C), a, 0.0).to(OPERAND)
+            keys = (z * border).to(OPERAND)
+            asks += tl.dot(aa, keys, input_precision=PRECISION) * border
+    else:
+        asks *= -tl.exp2(middle)[None, :]
+        asks = tl.dot(a, keys, asks, input_precision=PRECISION) * since
+    x = _again(q, i, d, HK * K, n, K, K % BK != 0).to(tl.float32)
+    z = _again(k, i, d, HK * K, n, K, K % BK != 0).to(tl.float32)
+    dsum += z * asks
+    _store(dk + at_keys, asks + writes + own * x, i, d, H * K, n, K, K % BK != 0)
+    for at in range(0, V, BV):
+        S = _load(states, at + e, d, K, V, K, K % BK != 0)
+        y = _load(do, i, at + e, H * V, n, V, V % BV != 0).to(OPERAND)
+        reads = tl.dot(y, S, reads, input_precision=PRECISION)
+    if FAR:
+        reads *= since
+        for level in range(0, LEVELS):
+            border = _border(g, level, C, PARTS)
+            pp = tl.where(_across(level, C), p, 0.0).to(OPERAND)
+            keys = (z * border).to(OPERAND)
+            reads += tl.dot(pp, keys, input_precision=PRECISION) * border
+    else:
+        reads *= tl.exp2(middle)[None, :]
+        reads = tl.dot(p, keys, reads, input_precision=PRECISION) * since
+    x = _again(q, i, d, HK * K, n, K, K % BK != 0).to(tl.float32)
+    z = _again(k, i, d, HK * K, n, K, K % BK != 0).to(tl.float32)
+    dsum += x * reads
+    _store(dq + at_keys, reads + own * z, i, d, H * K, n, K, K % BK != 0)
+    dsum = _sums(i[:, None] <= i[None, :], dsum, 3 if WIDE else 2) + kept[None, :]
+    g = _again(log_a, i, d, H * K, n, K, K % BK != 0).to(tl.float32)
+    dsum = tl.where(g > FLOOR, dsum, 0.0)
+    _store(dlog_a + at_keys, dsum, i, d, H * K, n, K, K % BK != 0)

@@ -1,0 +1,332 @@
+"""`delta` with no gate or one gate per head, on a GPU: see `longscan.kernels.delta`."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from importlib import import_module
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from longscan.ops._kernel_op import kernel_op
+from longscan.ops._packed import pieces, starts
+
+
+class Launch(NamedTuple):
+    """Columns of v at once, warps, stages of the pipeline; for the gradients also columns of k."""
+
+    tile: int
+    warps: int
+    stages: int
+    keys: int = 0
+
+
+class Launches(NamedTuple):
+    """Rows of a chunk, chunks (1 or 2) of a piece, precision of the merges in `solve`; launches.
+
+    The backward keeps states between pieces, and takes the gradients of a piece at once.
+    """
+
+    chunk: int
+    every: int
+    merge: str
+    solve: Launch
+    scan: Launch
+    states: Launch
+    back: Launch
+    gradients: Launch
+
+
+# (K up to, V up to, whether in bfloat16) -> launches; compiled for an H100 without heavy spills.
+LAUNCHES = {
+    (128, 256, True): Launches(
+        32, 2, "tf32", Launch(0, 2, 1), Launch(64, 4, 3), Launch(64, 4, 3), Launch(64, 4, 3),
+        Launch(64, 4, 3, 64),
+    ),
+    (256, 256, True): Launches(
+        32, 2, "tf32", Launch(0, 2, 1), Launch(32, 4, 2), Launch(32, 4, 2), Launch(32, 8, 2),
+        Launch(64, 4, 3, 64),
+    ),
+    (256, 256, False): Launches(
+        32, 1, "tf32x3", Launch(0, 4, 1), Launch(32, 4, 1), Launch(32, 4, 1), Launch(32, 4, 1),
+        Launch(32, 4, 1, 32),
+    ),
+}  # fmt: skip
+
+# Scans take half as many columns of v where their programs would leave half an H100 idle.
+FEW = 66
+
+
+def launches(d_key: int, d_value: int, dtype: torch.dtype) -> Launches:
+    """The launches for heads of these sizes: the first that fits."""
+    narrow = dtype is torch.bfloat16
+    return next(
+        launch
+        for (k, v, kind), launch in LAUNCHES.items()
+        if d_key <= k and d_value <= v and narrow is kind
+    )
+
+
+def delta_fits(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_a: Tensor | None = None,
+    *,
+    state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> bool:
+    """Whether the kernels compute this case; not whether there is a device for them."""
+    given = [x for x in (q, k, v, beta, log_a, state) if x is not None]
+    return (
+        all(x.dtype in (torch.bfloat16, torch.float16, torch.float32) for x in given)
+        and k.shape[-1] <= 256
+        and v.shape[-1] <= 256
+        and (log_a is None or log_a.ndim == 3)
+        and (k.ndim == 4 or k.shape[2] <= 16)
+        and v.numel() > 0
+    )
+
+
+def delta_fused(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_a: Tensor | None = None,
+    *,
+    state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`delta_chunked` by kernels: o in v's dtype, the final state in float32.
+
+    With n steps per token k, v, beta are [B, T, n, ...]. bfloat16 is multiplied in bfloat16,
+    float16 in tf32, which has its digits and a wider range, float32 as three products in tf32.
+    """
+    dtype, out = q.dtype, v.dtype
+    if k.dtype is not dtype or out is not dtype:
+        dtype = torch.promote_types(torch.promote_types(dtype, k.dtype), out)
+        q, k, v = (x if x.dtype is dtype else x.to(dtype) for x in (q, k, v))
+    o, final, _, _ = _delta(q, k, v, beta, log_a, state, cu_seqlens)
+    return o if dtype is out else o.to(out), final
+
+
+class _Case(NamedTuple):
+    """What all launches of a call share."""
+
+    heads: int
+    rows: int
+    common: dict[str, Any]
+    launch: Launches
+    starts: Tensor
+    chunks: Tensor  # where chunks lie, then pieces, as `_packed.pieces` says
+    table: Tensor
+    first: Tensor
+
+
+def _padded(n: int) -> int:
+    return max(16, 1 << (n - 1).bit_length())
+
+
+@lru_cache(maxsize=1)
+def _kernels() -> Any:
+    return import_module("longscan.kernels.delta")
+
+
+@lru_cache(maxsize=64)
+def _plan(
+    d_key: int,
+    d_value: int,
+    heads: int,
+    key_heads: int,
+    steps: int,
+    dtype: torch.dtype,
+    gated: bool,
+) -> tuple[Launches, dict[str, Any]]:
+    """Launches, and the constants of all kernels."""
+    launch, tl = launches(d_key, d_value, dtype), _kernels().tl
+    return launch, {
+        "K": d_key, "BK": _padded(d_key), "C": launch.chunk, "STEPS": steps, "GATED": gated,
+        "DT": tl.bfloat16 if dtype is torch.bfloat16 else tl.float32,
+        "PRECISION": "tf32x3" if dtype is torch.float32 else "tf32", "H": heads, "HK": key_heads,
+    }  # fmt: skip
+
+
+def _case(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor | None, cu: Tensor | None) -> _Case:
+    shape, n = k.shape, k.shape[2] if k.ndim == 5 else 1
+    heads, d_value = v.shape[-2:]
+    gated, device = log_a is not None, q.device
+    launch, common = _plan(shape[-1], d_value, heads, shape[-2], n, v.dtype, gated)
+    batch, length = q.shape[:2]
+    tokens = launch.chunk // n
+    table, first = pieces(batch, length, tokens * launch.every, cu, device)
+    chunks = table if launch.every == 1 else pieces(batch, length, tokens, cu, device)[0]
+    begins = starts(batch, length, cu, device)
+    return _Case(heads, batch * length * n, common, launch, begins, chunks, table, first)
+
+
+def _scratch(v: Tensor) -> torch.dtype:
+    return torch.bfloat16 if v.dtype is torch.bfloat16 else torch.float32
+
+
+def _options(launch: Launch) -> dict[str, int]:
+    return {"num_warps": launch.warps, "num_stages": launch.stages}
+
+
+def _columns(case: _Case, d_value: int, launch: Launch) -> tuple[int, int]:
+    """Columns of v at once in a scan, and the number of programs."""
+    rows, tile = (case.starts.shape[0] - 1) * case.heads, min(_padded(d_value), launch.tile)
+    while tile > 32 and rows * -(-d_value // tile) <= FEW:
+        tile //= 2
+    return tile, rows * -(-d_value // tile)
+
+
+def _solve(case: _Case, k, beta, log_a, g, factors, launch: Launch) -> None:
+    _kernels().solve[(case.chunks.shape[0] * case.heads,)](
+        k, beta, beta if log_a is None else log_a, g, factors, case.chunks, case.rows,
+        MERGE=case.launch.merge, BLOCK=8 if g.dtype is torch.bfloat16 else 16,
+        **case.common, **_options(launch),
+    )  # fmt: skip
+
+
+def _scan(case: _Case, q, k, v, g, factors, state, o, e, states, final, launch: Launch) -> None:
+    """The forward kernel: outputs (o, final), or errors and states (e, states)."""
+    d_value = v.shape[-1]
+    tile, programs = _columns(case, d_value, launch)
+    given = [k if x is None else x for x in (state, o, e, states, final)]  # k is not touched
+    _kernels().scan[(programs,)](
+        q, k, v, g, factors, *given, case.starts, case.first, case.rows,
+        V=d_value, BV=tile, ENTERS=state is not None, READ=o is not None, KEEP=e is not None,
+        EVERY=case.launch.every,
+        **case.common, **_options(launch),
+    )  # fmt: skip
+
+
+def _scan_back(
+    case: _Case, q, k, g, factors, do, d_final, zs, leaving, d_state, launch: Launch
+) -> None:
+    d_value = do.shape[-1]
+    tile, programs = _columns(case, d_value, launch)
+    _kernels().scan_back[(programs,)](
+        q, k, g, factors, do, q if d_final is None else d_final, zs, leaving, d_state,
+        case.starts, case.first, case.rows, V=d_value, BV=tile, ENTERS=d_final is not None,
+        EVERY=case.launch.every, **case.common, **_options(launch),
+    )  # fmt: skip
+
+
+def _last(case: _Case, q, k, beta, factors, do, e, zs, states, leaving, log_a, launch: Launch):
+    """The gradients kernel: dq, dk, dv, d_beta and the parts of d_log_a in float32."""
+    d_key, d_value = k.shape[-1], do.shape[-1]
+    tile = min(_padded(d_key), launch.keys)
+    tiles = -(-d_key // tile)
+    dq, dk = torch.empty_like(q), torch.empty_like(k)
+    dv = k.new_empty(*k.shape[:-2], *do.shape[-2:])
+    d_beta = torch.empty_like(beta)
+    parts = 0 if log_a is None else 2 * tiles
+    d_log_a = factors.new_empty(parts, *do.shape[:-1])
+    every = case.launch.every
+    constants = {**case.common, "BK": tile, "C": case.launch.chunk * every}
+    _kernels().gradients[(case.table.shape[0] * k.shape[-2] * tiles * 2,)](
+        q, k, factors, do, e, zs, states, leaving, dq, dk, dv, d_beta, d_log_a, case.table,
+        case.rows, V=d_value, BV=min(_padded(d_value), launch.tile), EVERY=every,
+        **constants, **_options(launch),
+    )  # fmt: skip
+    return dq, dk, dv, d_beta, d_log_a
+
+
+def _contiguous(*tensors: Tensor | None) -> list:
+    return [None if x is None else x.contiguous() for x in tensors]
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_a: Tensor | None,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> o, final states, G and the factors of rows (see the kernel)."""
+    q, k, v, beta, log_a, state = _contiguous(q, k, v, beta, log_a, state)
+    case = _case(q, k, v, log_a, cu_seqlens)
+    o, final, g, factors = _fake(q, k, v, beta, log_a, state, cu_seqlens)
+    launch = case.launch
+    _solve(case, k, beta, log_a, g, factors, launch.solve)
+    _scan(case, q, k, v, g, factors, state, o, None, None, final, launch.scan)
+    return o, final, g, factors
+
+
+def _fake(q, k, v, beta, log_a, state, cu_seqlens):
+    batch, length = q.shape[:2]
+    heads, d_value = v.shape[-2:]
+    rows = batch * length * (v.shape[2] if v.ndim == 5 else 1)
+    if cu_seqlens is not None:
+        batch = cu_seqlens.shape[0] - 1
+    chunk = launches(k.shape[-1], d_value, v.dtype).chunk
+    o = v.new_empty(*q.shape[:2], heads, d_value)
+    final = v.new_empty(batch, heads, k.shape[-1], d_value, dtype=torch.float32)
+    g = v.new_empty(rows, heads, chunk, dtype=_scratch(v))
+    factors = final.new_empty(1 if log_a is None else 2, heads, rows)
+    return o, final, g, factors
+
+
+def _backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_a: Tensor | None,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    g: Tensor,
+    factors: Tensor,
+    do: Tensor | None,
+    d_final: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, beta, log_a (empty if not given) and the entering state."""
+    kind = torch.float32 if state is None else state.dtype
+    do = v.new_zeros(*q.shape[:2], *v.shape[-2:]) if do is None else do
+    q, k, v, beta, state, do, d_final = _contiguous(q, k, v, beta, state, do, d_final)
+    case, dtype = _case(q, k, v, log_a, cu_seqlens), _scratch(v)
+    d_key, d_value, launch = k.shape[-1], v.shape[-1], case.launch
+    # The errors and the states that enter pieces, forward; Z and the states' gradients, backward.
+    e = torch.empty_like(v, dtype=dtype)
+    zs = torch.empty_like(e)
+    states = e.new_empty(case.table.shape[0], case.heads, d_value, d_key)
+    leaving = torch.empty_like(states)
+    d_state = factors.new_empty(case.starts.shape[0] - 1, case.heads, d_key, d_value)
+    _scan(case, q, k, v, g, factors, state, None, e, states, None, launch.states)
+    _scan_back(case, q, k, g, factors, do, d_final, zs, leaving, d_state, launch.back)
+    dq, dk, dv, d_beta, parts = _last(
+        case, q, k, beta, factors, do, e, zs, states, leaving, log_a, launch.gradients
+    )
+    if log_a is not None:
+        parts = parts.sum(0).to(log_a.dtype)
+    return dq, dk, dv, d_beta, parts, d_state.to(kind)
+
+
+def _fake_backward(q, k, v, beta, log_a, state, cu_seqlens, g, factors, do, d_final):
+    rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    d_log_a = factors.new_empty(0, *q.shape[:2], v.shape[-2])
+    if log_a is not None:
+        d_log_a = log_a.new_empty(log_a.shape)
+    kind = torch.float32 if state is None else state.dtype
+    d_state = v.new_empty(rows, v.shape[-2], k.shape[-1], v.shape[-1], dtype=kind)
+    return *(x.new_empty(x.shape) for x in (q, k, v, beta)), d_log_a, d_state
+
+
+def _keep(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs, *output[2:])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, run, do, d_final, *_):
+    kept = ctx.saved_tensors
+    grads = run(*kept, do, d_final)
+    return *(None if x is None else d for x, d in zip(kept[:6], grads, strict=True)), None
+
+
+_delta = kernel_op("delta", _forward, _fake, _keep, _backward, _fake_backward, _differentiate)

@@ -1,0 +1,50 @@
+"""What the kernels are proved on.
+
+Cases sit where kernels break: lengths around the borders of chunks, packed sequences whose borders
+lie off that grid, gates at and near 0 and 1, sizes that are no powers of two, shared heads, long
+sequences, tensors of more than 2^31 numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+
+from longscan.proof.case import Case
+from longscan.proof.channels import conv_cases, mamba_cases, norm_cases, selective_cases
+from longscan.proof.heads import (
+    KEY_GATES,
+    SCALAR_GATES,
+    decay_arguments,
+    delta_arguments,
+    delta_cases,
+    head_cases,
+    mlstm_cases,
+)  # fmt: skip
+
+CASES: dict[str, Callable[[], Iterator[Case]]] = {
+    "decay": lambda: head_cases(decay_arguments, SCALAR_GATES),
+    "decay_keys": lambda: head_cases(partial(decay_arguments, per_key=True), KEY_GATES),
+    "delta": lambda: delta_cases(delta_arguments, SCALAR_GATES),
+    "delta_keys": lambda: delta_cases(partial(delta_arguments, per_key=True), KEY_GATES),
+    "selective": selective_cases,
+    "selective_mamba": mamba_cases,
+    "mlstm": mlstm_cases,
+    "conv": conv_cases,
+    "conv_silu": conv_cases,
+    "norm": norm_cases,
+}
+"""The kernels, by name, and what each is proved on."""
+
+
+@cache
+def cases(kernel: str) -> tuple[Case, ...]:
+    """The cases of a kernel.
+
+    Raises: ValueError for one that is not known.
+    """
+    if kernel not in CASES:
+        raise ValueError(f"no proof of a kernel {kernel!r}; there is one of {', '.join(CASES)}")
+    found = tuple(CASES[kernel]())
+    assert len({c.name for c in found}) == len(found)
+    return found

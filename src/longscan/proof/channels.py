@@ -1,0 +1,244 @@
+"""Cases of the ops with channels: the selective scan, the convolution, the norms."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from longscan.proof.case import LENGTHS, PACKED, Arguments, Case, normal, uniform
+
+# --- the selective scan ---------------------------------------------------------------------
+
+
+def selective_arguments(
+    g: torch.Generator,
+    *,
+    length: int = 150,
+    batch: int = 2,
+    channels: int = 64,
+    n: int = 16,
+    groups: int | None = None,
+    constant: bool = False,
+    step: str = "usual",
+    rate: str = "usual",
+    cu: tuple[int, ...] | None = None,
+    state: bool = True,
+    around: bool = False,
+) -> Arguments:
+    """around: with what Mamba does beside the scan, dt then before its softplus.
+
+    groups: B and C [B, T, G, N], None: [B, T, N]; constant: B and C [E, N].
+    """
+    rows = batch if cu is None else len(cu) - 1
+    dt = F.softplus(normal(g, batch, length, channels) - 3)
+    pick = uniform(g, batch, length, channels)
+    if step == "mixed":  # gates of 0 and of 1 among the others
+        dt = torch.where(pick < 0.05, 0.0, torch.where(pick < 0.1, 30.0, dt))
+    elif step != "usual":
+        dt = torch.full_like(dt, float(step))
+    A = -torch.arange(1, n + 1, dtype=torch.float64).expand(channels, n) * (
+        0.5 + uniform(g, channels, n)
+    )
+    if rate != "usual":
+        A = torch.full_like(A, float(rate))
+    shape = (batch, length, n) if groups is None else (batch, length, groups, n)
+    if constant:
+        shape = (channels, n)
+    mamba = {}
+    if around:
+        dt = 2 * normal(g, batch, length, channels)
+        mamba = {
+            "D": normal(g, channels),
+            "z": normal(g, batch, length, channels),
+            "dt_bias": normal(g, channels) - 3,
+        }
+    return mamba | {
+        "u": normal(g, batch, length, channels),
+        "dt": dt,
+        "A": A,
+        "B": normal(g, *shape) * n**-0.5,
+        "C": normal(g, *shape) * n**-0.5,
+        "state": normal(g, rows, channels, n) if state else None,
+        "cu_seqlens": None if cu is None else torch.tensor(cu),
+    }
+
+
+def selective_cases() -> Iterator[Case]:
+    def case(name: str, **options: Any) -> Case:
+        known = ("quick", "dtypes", "low", "final", "strided", "copies", "floor", "optional")
+        more = {k: options.pop(k) for k in list(options) if k in known}
+        n = options.get("n", 16)
+        return Case(name, partial(selective_arguments, **options), group=f"N{n}", **more)
+
+    yield case("small", length=37, channels=20, n=4, quick=True)
+    yield case("small packed", length=37, batch=1, channels=9, cu=(0, 1, 20, 37), quick=True)
+    yield case("small grouped", length=20, channels=64, groups=2, state=False, final=False,
+               quick=True, optional=True)  # fmt: skip
+    for length in LENGTHS:
+        yield case(f"T={length}", length=length, step="mixed", optional=length == 1)
+    for name, cu in PACKED.items():
+        yield case(f"packed {name}", batch=1, length=cu[-1], cu=tuple(cu))
+    for n in (1, 2, 3, 4, 8, 16, 32, 64):
+        yield case(f"N={n}", n=n, length=70)
+    for n in (100, 128, 256):
+        yield case(f"N={n}", n=n, length=70, optional=True)
+    for channels in (1, 7, 100, 1000):
+        yield case(f"E={channels}", channels=channels, length=70)
+    yield case("one group", groups=1)
+    yield case("4 groups", groups=4, optional=True)
+    yield case("constant B and C", constant=True, optional=True)
+    yield case("odd groups", groups=3, channels=15, optional=True)
+    yield case("dt mixed", step="mixed")
+    yield case("dt 0", step="0")
+    yield case("dt 1e-4", step="1e-4")
+    yield case("dt 30", step="30", floor=1.0)
+    yield case("A 0", rate="0")
+    yield case("A -1e4", rate="-1e4", floor=1.0)
+    yield case("no state", state=False)
+    yield case("no gradient of the final state", final=False)
+    yield case("neither", state=False, final=False, length=130)
+    yield case("views", strided=True)
+    yield case("steps as the values", low=True)
+    yield case("many rows", batch=70, length=40)
+    yield case("T=4096", length=4096, batch=1)
+    yield case("T=4096 near", length=4096, batch=1, step="1e-4")
+    yield case("T=16384", length=16384, batch=1, channels=32)
+    yield case("T=16384 near", length=16384, batch=1, channels=32, step="1e-4")
+    yield case("beyond 2^31", length=2048, batch=1, channels=1024, copies=1040, dtypes=("bf16",))
+
+
+def mamba_cases() -> Iterator[Case]:
+    """With skip, gate, bias and softplus in the kernel."""
+
+    def case(name: str, **options: Any) -> Case:
+        known = ("quick", "low", "final", "strided", "optional")
+        more = {k: options.pop(k) for k in list(options) if k in known}
+        n = options.get("n", 16)
+        make = partial(selective_arguments, around=True, **options)
+        return Case(name, make, group=f"N{n}", **more)
+
+    yield case("small", length=37, channels=20, n=4, quick=True)
+    for length in (1, 16, 65, 150):
+        yield case(f"T={length}", length=length)
+    for name, cu in PACKED.items():
+        yield case(f"packed {name}", batch=1, length=cu[-1], cu=tuple(cu))
+    for n in (8, 16, 32, 64):
+        yield case(f"N={n}", n=n, length=70)
+    for channels in (7, 100, 1000):
+        yield case(f"E={channels}", channels=channels, length=70)
+    yield case("4 groups", groups=4, optional=True)
+    yield case("no state", state=False)
+    yield case("neither", state=False, final=False, length=130)
+    yield case("views", strided=True)
+    yield case("steps as the values", low=True)
+    yield case("many rows", batch=70, length=40)
+    yield case("T=4096", length=4096, batch=1)
+
+
+# --- the convolution ------------------------------------------------------------------------
+
+
+def conv_arguments(
+    g: torch.Generator,
+    *,
+    length: int = 150,
+    batch: int = 2,
+    channels: int = 64,
+    width: int = 4,
+    bias: bool = True,
+    state: bool = True,
+    cu: tuple[int, ...] | None = None,
+) -> Arguments:
+    rows = batch if cu is None else len(cu) - 1
+    return {
+        "x": normal(g, batch, length, channels),
+        "weight": normal(g, channels, width),
+        "bias": normal(g, channels) if bias else None,
+        "state": normal(g, rows, width - 1, channels) if state else None,
+        "cu_seqlens": None if cu is None else torch.tensor(cu),
+    }
+
+
+def conv_cases() -> Iterator[Case]:
+    def case(name: str, **options: Any) -> Case:
+        known = ("quick", "dtypes", "low", "final", "strided", "copies", "optional")
+        more = {k: options.pop(k) for k in list(options) if k in known}
+        group = f"W{options.get('width', 4)}"
+        return Case(name, partial(conv_arguments, **options), group=group, **more)
+
+    yield case("small", length=37, channels=20, quick=True)
+    yield case("small packed", length=37, batch=1, channels=9, cu=(0, 1, 3, 20, 37), quick=True)
+    yield case("small plain", length=9, channels=8, bias=False, state=False, final=False,
+               quick=True)  # fmt: skip
+    for length in (2, 3, *LENGTHS):
+        yield case(f"T={length}", length=length, optional=length == 1)
+    for name, cu in PACKED.items():
+        yield case(f"packed {name}", batch=1, length=cu[-1], cu=tuple(cu))
+    for width in (2, 3, 4, 5, 8, 16, 33):
+        yield case(f"W={width}", width=width, length=70, optional=width > 8)
+    for channels in (1, 7, 100, 1000, 4096):
+        yield case(f"E={channels}", channels=channels, length=70)
+    yield case("no state", state=False)
+    yield case("no bias", bias=False)
+    yield case("no gradient of the final state", final=False)
+    yield case("neither", state=False, final=False)
+    yield case("views", strided=True)
+    yield case("weights as the values", low=True)
+    yield case("many rows", batch=70, length=40)
+    yield case("T=4096", length=4096, batch=1)
+    yield case("T=16384", length=16384, batch=1)
+    yield case("beyond 2^31", length=2048, batch=1, channels=1024, copies=1040, dtypes=("bf16",))
+
+
+# --- the norms ------------------------------------------------------------------------------
+
+
+def norm_arguments(
+    g: torch.Generator,
+    shape: tuple[int, ...],
+    *,
+    weight: tuple[int, ...] | None = None,
+    gated: bool = False,
+    **options: Any,
+) -> Arguments:
+    """options: of the launcher, n_groups, activation, gate_first, eps, scale."""
+    return {
+        "x": normal(g, *shape) * (1 + 5 * uniform(g, *shape[:-1], 1)),
+        "weight": None if weight is None else 1 + 0.3 * normal(g, *weight),
+        "gate": normal(g, *shape) if gated else None,
+        **options,
+    }
+
+
+def norm_cases() -> Iterator[Case]:
+    def case(name: str, *shape: int, **options: Any) -> Case:
+        known = ("quick", "dtypes", "low", "strided", "copies")
+        more = {k: options.pop(k) for k in list(options) if k in known}
+        make = partial(norm_arguments, shape=shape, **options)
+        return Case(name, make, group=str(shape[-1]), **more)
+
+    yield case("small", 2, 7, 24, weight=(24,), quick=True)
+    yield case(
+        "small gated", 3, 5, 2, 16, weight=(2, 16), gated=True, activation="silu", quick=True
+    )
+    for d in (1, 16, 63, 64, 100, 128, 500, 1000, 1024, 2048, 3000, 4096, 8192):
+        yield case(f"D={d}", 3, 50, d, weight=(d,))
+    yield case("no weight", 2, 50, 128)
+    yield case("length", 2, 50, 4, 64, eps=1e-6 / 64, scale=64**-0.5)
+    yield case("groups", 2, 50, 256, weight=(256,), n_groups=4)
+    yield case("heads", 2, 50, 4, 64, weight=(4, 64))
+    for activation in (None, "sigmoid", "silu"):
+        for first in (False, True):
+            name = f"gate {activation}" + (", before" if first else "")
+            how = {"activation": activation, "gate_first": first, "gated": True}
+            yield case(name, 2, 50, 128, weight=(128,), **how)
+    yield case("gate of groups", 2, 50, 256, weight=(256,), n_groups=4, gated=True,
+               activation="silu", gate_first=True)  # fmt: skip
+    yield case("views", 2, 50, 128, weight=(128,), gated=True, activation="silu", strided=True)
+    yield case("weights as the values", 2, 50, 128, weight=(128,), low=True)
+    yield case("many rows", 7, 3001, 64, weight=(64,), gated=True, activation="sigmoid")
+    yield case("beyond 2^31", 1, 2048, 1024, weight=(1024,), copies=1040, dtypes=("bf16",))

@@ -1,0 +1,145 @@
+"""The kernels that are proved: what each is called with, and what it must compute."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from longscan.ops._check import widen
+from longscan.ops.conv import conv
+from longscan.ops.selective import selective
+
+Run = Callable[..., tuple]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """How a kernel is called: the op, in which order, and what its arguments are.
+
+    gates: of float32, or of the dtype of the values where a case says so; wide: float32 always;
+    shared: without a batch axis. module: of the launcher; options: of the launcher alone;
+    plain: what the launcher with these options computes, where that is no op.
+    """
+
+    op: str
+    positional: tuple[str, ...]
+    gates: tuple[str, ...] = ()
+    wide: tuple[str, ...] = ("state",)
+    shared: tuple[str, ...] = ()
+    module: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    plain: Run | None = None
+
+    def run(self, arguments: Mapping[str, Any], function: Run) -> tuple:
+        """Call an op, or what has its arguments."""
+        first = [arguments[n] for n in self.positional]
+        more = {n: x for n, x in arguments.items() if n not in self.positional}
+        return function(*first, **more)
+
+
+def _mamba(
+    u: Tensor, dt: Tensor, *args: Tensor, D: Tensor, z: Tensor, dt_bias: Tensor, **more: Any
+):
+    y, end = selective(u, F.softplus(dt + dt_bias), *args, **more, backend="torch")
+    return ((y + D * u) * F.silu(z)).to(u.dtype), end
+
+
+def _conv_silu(*args: Any, **more: Any) -> tuple:
+    y, end = conv(*args, **more, backend="torch")
+    return F.silu(y), end
+
+
+def _norm(
+    x: Tensor,
+    weight: Tensor | None,
+    gate: Tensor | None,
+    *,
+    eps: float = 1e-5,
+    scale: float = 1.0,
+    n_groups: int = 1,
+    activation: str | None = None,
+    gate_first: bool = False,
+) -> tuple:
+    dtype, x = x.dtype, widen(x)
+    act = {None: lambda t: t, "sigmoid": torch.sigmoid, "silu": F.silu}[activation]
+    y = x * act(gate) if gate is not None and gate_first else x
+    parts = y.unflatten(-1, (n_groups, -1))
+    parts = parts * (parts.square().mean(-1, True) + eps).rsqrt() * scale
+    y = parts.flatten(-2)
+    y = y if weight is None else y * weight
+    y = y if gate is None or gate_first else y * act(gate)
+    return y.to(dtype), None
+
+
+KERNELS = {
+    "decay": Kernel("decay", ("q", "k", "v", "log_a"), ("log_a",)),
+    "decay_keys": Kernel("decay", ("q", "k", "v", "log_a"), ("log_a",)),
+    "delta": Kernel("delta", ("q", "k", "v", "beta", "log_a"), ("beta", "log_a")),
+    "delta_keys": Kernel("delta", ("q", "k", "v", "beta", "log_a"), ("beta", "log_a")),
+    "selective": Kernel(
+        "selective", ("u", "dt", "A", "B", "C"), ("dt",), wide=("state", "A"), shared=("A",)
+    ),
+    "selective_mamba": Kernel(
+        "selective", ("u", "dt", "A", "B", "C"), ("dt",), wide=("state", "A", "D", "dt_bias"),
+        shared=("A", "D", "dt_bias"), module="selective", options={"softplus": True}, plain=_mamba,
+    ),
+    "mlstm": Kernel("mlstm", ("q", "k", "v", "i", "f"), ("i", "f")),
+    "conv": Kernel(
+        "conv", ("x", "weight", "bias"), ("weight", "bias"), wide=(), shared=("weight", "bias")
+    ),
+    "conv_silu": Kernel(
+        "conv", ("x", "weight", "bias"), ("weight", "bias"), wide=(), shared=("weight", "bias"),
+        module="conv", options={"silu": True}, plain=_conv_silu,
+    ),
+    "norm": Kernel(
+        "norm", ("x", "weight", "gate"), ("weight",), wide=(), shared=("weight",), module="norm",
+        plain=_norm,
+    ),
+}  # fmt: skip
+
+
+def public(kernel: str, backend: str) -> Run:
+    """The op itself, by one of its backends."""
+    how = KERNELS[kernel]
+    if how.plain is not None:
+        return direct(kernel) if backend == "triton" else how.plain
+    function = getattr(import_module(f"longscan.ops.{how.op}"), how.op)
+
+    def run(*args: Any, **more: Any) -> tuple:
+        try:
+            return function(*args, **more, backend=backend)
+        except ValueError as problem:
+            if "does not compute" in str(problem):
+                raise UnfitError(str(problem)) from None
+            raise
+
+    return run
+
+
+class UnfitError(ValueError):
+    """A kernel does not compute this case; its op then does without it."""
+
+
+def direct(kernel: str) -> Run:
+    """The kernel's launcher, which the op calls where it fits; else an UnfitError is raised."""
+    how = KERNELS[kernel]
+    launcher = how.module or kernel
+    module = import_module(f"longscan.ops._{launcher}_fused")
+    fused, fits = (getattr(module, f"{launcher}_{name}") for name in ("fused", "fits"))
+
+    def run(*args: Any, **more: Any) -> tuple:
+        given = dict(zip(how.positional, args, strict=True)) | more
+        read = inspect.signature(fits).parameters
+        if not fits(**{n: x for n, x in given.items() if n in read}):
+            raise UnfitError(f"{kernel}_fits says no")
+        found = fused(*args, **more, **how.options)
+        return found if isinstance(found, tuple) else (found, None)
+
+    return run

@@ -1,0 +1,80 @@
+"""The small cases of a kernel in Triton's interpreter on a CPU: python interpreter.py KERNEL.
+
+Prints a JSON line for each case, then one of the launches that no case chooses. This is a program
+because Triton decides when it is imported whether it interprets.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from importlib import import_module
+from typing import Any
+
+
+def mend() -> None:
+    """Correct what Triton 3.6's interpreter gets wrong.
+
+    It makes an index of an array of one number, which numpy 2.4 refuses. It keeps bfloat16 as
+    integers, which its matrix products then multiply, and it cuts digits off instead of rounding.
+    """
+    import torch
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    builder = interpreter.InterpreterBuilder
+    patch, dot, cast = interpreter._patch_lang_tensor, builder.create_dot, builder.cast_impl
+
+    def patch_tensor(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    def wide(x: Any) -> Any:
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        data = (x.data.astype("uint32") << 16).view("float32")
+        return interpreter.TensorHandle(data, tl.float32)
+
+    def create_dot(self: Any, a: Any, b: Any, *more: Any) -> Any:
+        return dot(self, wide(a), wide(b), *more)
+
+    def cast_impl(self: Any, src: Any, dst_type: Any) -> Any:
+        before, after = src.dtype.scalar, dst_type.scalar
+        if before == tl.float32 and after == tl.bfloat16:
+            narrow = torch.from_numpy(src.data.copy()).bfloat16().view(torch.uint16).numpy()
+            return interpreter.TensorHandle(narrow, after)
+        if before == tl.bfloat16 and after == tl.float32:
+            return wide(src)
+        return cast(self, src, dst_type)
+
+    interpreter._patch_lang_tensor = patch_tensor
+    builder.create_dot, builder.cast_impl = create_dot, cast_impl
+
+
+def run(kernel: str) -> None:
+    """All small cases in float32, the first of them in the narrow types."""
+    proof, command = import_module("longscan.proof"), import_module("longscan.proof.command")
+    launches = import_module("longscan.proof.launches")
+    small = [c for c in proof.cases(kernel) if c.quick]
+    proof.direct(kernel)
+    how = import_module("longscan.proof.kernels").KERNELS[kernel]
+    if hasattr(import_module(f"longscan.kernels.{how.module or kernel}"), "gluon"):
+        print(json.dumps({"skip": "written in Gluon, which has no interpreter"}))
+        small = []
+    for case in small:
+        for dtype in case.dtypes if case is small[0] else ("fp32",):
+            done = command.perform(command.Task(kernel, case.name, dtype, "cpu"))
+            line = {"case": case.name, "dtype": dtype, "status": done.status, "what": done.what,
+                    "error": done.error}  # fmt: skip
+            print(json.dumps(line), flush=True)
+    short = [c for c in proof.cases(kernel)
+             if c.copies == 1 and not c.name.startswith(("T=", "packed", "gate"))]  # fmt: skip
+    left = launches.unused(kernel, command.reached(kernel, short))
+    print(json.dumps({"unused": {name: list(map(str, keys)) for name, keys in left.items()}}))
+
+
+if __name__ == "__main__":
+    os.environ["TRITON_INTERPRET"] = "1"
+    mend()
+    run(sys.argv[1])

@@ -1,0 +1,44 @@
+"""The kernels in Triton's interpreter on a CPU: the small cases, and that no launch is unproved."""
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from longscan.proof import CASES, cases
+
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+SMALL = [(k, c.name) for k in CASES for c in cases(k) if c.quick]
+
+
+@cache
+def outcomes(kernel):
+    """What interpreter.py prints of a kernel."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(Path(__file__).parent / "interpreter.py"), kernel],
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize(("kernel", "name"), SMALL)
+def test_small(kernel, name):
+    if "skip" in outcomes(kernel)[0]:
+        pytest.skip(outcomes(kernel)[0]["skip"])
+    found = [line for line in outcomes(kernel) if line.get("case") == name]
+    assert found
+    for line in found:
+        assert line["status"] == "ok", f"{line['dtype']}, {line['what']}: {line['error']:.1e}"
+
+
+@pytest.mark.parametrize("kernel", CASES)
+def test_no_launch_is_left_out(kernel):
+    """Every entry of a launch table is chosen by a case; the kernels are not run for this."""
+    assert outcomes(kernel)[-1] == {"unused": {}}
