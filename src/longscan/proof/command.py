@@ -7,7 +7,6 @@ import json
 import multiprocessing
 import os
 import time
-import traceback
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -73,8 +72,6 @@ def perform(task: Task) -> Outcome:
         return Outcome(task, status, str(problem), float("inf"), time.perf_counter() - began)
     except Exception as problem:
         text = f"{type(problem).__name__}: {problem}".strip().splitlines()[0]
-        if os.environ.get("LONGSCAN_TRACEBACK"):
-            traceback.print_exc()
         return Outcome(task, "FAIL", text, float("inf"), time.perf_counter() - began)
     if case.copies > 1 and task.device.startswith("cuda"):
         torch.cuda.empty_cache()
