@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any
@@ -25,6 +24,9 @@ KERNELS = ("memory", "decay", "delta", "selective", "mlstm", "conv", "norm", "lo
 PROVED = ("memory", "decay", "selective", "mlstm", "conv", "norm")
 """Those whose Triton form runs by default on CUDA, in the cases that an op calls proved: every
 check on a GPU passed (docs/LOG.md). The others run when asked for."""
+
+# Asked for once: torch.compile cannot trace the question. Not tried on AMD.
+TRITON = find_spec("triton") is not None and torch.version.hip is None
 
 
 @dataclass(frozen=True)
@@ -68,12 +70,7 @@ def fused(op: str, x: Tensor) -> bool:
         return False
     if op == "memory" and torch.compiler.is_compiling():  # not a custom op, unlike the others
         return False
-    return _triton()
-
-
-@cache
-def _triton() -> bool:
-    return find_spec("triton") is not None and torch.version.hip is None  # not tried on AMD
+    return TRITON
 
 
 def choose(
