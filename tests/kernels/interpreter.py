@@ -1,6 +1,7 @@
-"""The small cases of a kernel in Triton's interpreter on a CPU: python interpreter.py KERNEL.
+"""Kernels in Triton's interpreter on a CPU: python interpreter.py KERNEL, or compiled MIXER.
 
-Prints a JSON line for each case, then one of the launches that no case chooses. This is a program
+Of a kernel it prints a JSON line for each small case, then one of the launches that no case
+chooses; of a mixer, how far its form under torch.compile is from the eager one. This is a program
 because Triton decides when it is imported whether it interprets.
 """
 
@@ -74,7 +75,32 @@ def run(kernel: str) -> None:
     print(json.dumps({"unused": {name: list(map(str, keys)) for name, keys in left.items()}}))
 
 
+def compiled(mixer: str) -> None:
+    """The output and the gradient of the input, of one graph for any length, against eager."""
+    import torch
+
+    os.environ["LONGSCAN_BACKEND"] = "triton"
+    torch.manual_seed(0)
+    m = import_module("longscan.registry").mixer_class(mixer)(64)
+
+    def eager(x: torch.Tensor) -> torch.Tensor:
+        return m(x)[0]
+
+    fast = torch.compile(eager, fullgraph=True, dynamic=True, backend="aot_eager")
+    for batch, length in ((2, 20), (1, 37)):
+        found = []
+        for function in (fast, eager):
+            x = torch.randn(batch, length, 64, generator=torch.Generator().manual_seed(0))
+            y = function(x.requires_grad_())
+            found.append((y.detach(), torch.autograd.grad(y.square().sum(), x)[0]))
+        far = [float((a - b).abs().max() / b.abs().max()) for a, b in zip(*found, strict=True)]
+        print(json.dumps({"batch": batch, "length": length, "error": max(far)}), flush=True)
+
+
 if __name__ == "__main__":
     os.environ["TRITON_INTERPRET"] = "1"
     mend()
-    run(sys.argv[1])
+    if sys.argv[1] == "compiled":
+        compiled(sys.argv[2])
+    else:
+        run(sys.argv[1])

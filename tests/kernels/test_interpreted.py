@@ -17,10 +17,10 @@ SMALL = [(k, c.name) for k in CASES for c in cases(k) if c.quick]
 
 
 @cache
-def outcomes(kernel):
-    """What interpreter.py prints of a kernel."""
+def outcomes(*words):
+    """What interpreter.py prints of a kernel, or of a mixer that is compiled."""
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(Path(__file__).parent / "interpreter.py"), kernel],
+        [sys.executable, "-W", "ignore", str(Path(__file__).parent / "interpreter.py"), *words],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, timeout=600,
     )  # fmt: skip
@@ -42,3 +42,12 @@ def test_small(kernel, name):
 def test_no_launch_is_left_out(kernel):
     """Every entry of a launch table is chosen by a case; the kernels are not run for this."""
     assert outcomes(kernel)[-1] == {"unused": {}}
+
+
+# Mamba's kernel is written in Gluon, which has no interpreter: tests/kernels/test_on_device.py.
+@pytest.mark.parametrize("mixer", ["gla", "mamba2", "gated_deltanet", "mlstm"])
+def test_compiled_mixers_equal_eager_ones(mixer):
+    """torch.compile finds one graph with the kernels in it, for any length."""
+    lines = outcomes("compiled", mixer)
+    assert len(lines) == 2
+    assert all(line["error"] < 1e-5 for line in lines), lines

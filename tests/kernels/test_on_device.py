@@ -1,20 +1,14 @@
-"""The kernels on a CUDA device: every case, compile counts, torch.compile, training of a part.
+"""The kernels on a CUDA device: every case, torch.compile, training of a part.
 
 Run by `make test-gpu`; `longscan verify --ops --jobs 8` runs the cases faster.
 """
-
-import random
-import sys
-from importlib import import_module
 
 import pytest
 import torch
 from helpers import TOLERANCE, error
 
 from longscan.proof import CASES, cases
-from longscan.proof.case import Size
 from longscan.proof.command import Task, perform
-from longscan.proof.kernels import KERNELS, public
 from longscan.proof.launches import unused
 from longscan.registry import mixer_class
 
@@ -41,48 +35,6 @@ def test_no_launch_is_left_out(kernel):
     if not USED:
         pytest.skip("runs behind test_every_case")
     assert unused(kernel, USED) == {}
-
-
-# --- compiling ------------------------------------------------------------------------------
-
-
-def compiled(kernel):
-    """How often each function of the kernel's module was compiled."""
-    module = import_module(f"longscan.kernels.{KERNELS[kernel].module or kernel}")
-    jitted = {n: f for n, f in vars(module).items() if hasattr(f, "device_caches")}
-    return {n: sum(len(c[0]) for c in f.device_caches.values()) for n, f in jitted.items()}
-
-
-def lengths(count):
-    r = random.Random(0)
-    return [(r.randint(1, 5), r.choice((r.randint(2, 70), r.randint(70, 3000))))
-            for _ in range(count)]  # fmt: skip
-
-
-@pytest.mark.parametrize("kernel", [k for k in CASES if k != "norm"])
-def test_one_compilation_for_all_lengths(kernel):
-    """Over 20 batches of random sizes no kernel is compiled more than once."""
-    # A fresh import, so that what other tests compiled does not count.
-    for name in [n for n in sys.modules if n.startswith("longscan.kernels.")]:
-        del sys.modules[name]
-    make = next(c for c in cases(kernel) if c.name == "T=150").make
-    run, how = public(kernel, "triton"), KERNELS[kernel]
-    for batch, length in lengths(20):
-        more = {"size": Size(length, batch)} if "size" in make.keywords else {
-            "length": length, "batch": batch}  # fmt: skip
-        arguments = {}
-        for name, x in make(torch.Generator().manual_seed(0), **more).items():
-            wide = name.split(".")[0] in (*how.wide, *how.gates)
-            dtype = torch.float32 if wide else torch.bfloat16
-            parts = x if isinstance(x, tuple) else (x,)
-            parts = tuple(None if t is None else t.to("cuda", dtype).requires_grad_()
-                          for t in parts)  # fmt: skip
-            arguments[name] = parts if isinstance(x, tuple) else parts[0]
-        o, _ = how.run(arguments, run)
-        o.float().sum().backward()
-    counts = compiled(kernel)
-    assert sum(counts.values()) > 0
-    assert all(n <= 1 for n in counts.values()), counts
 
 
 # --- mixers ---------------------------------------------------------------------------------

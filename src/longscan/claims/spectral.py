@@ -80,8 +80,8 @@ _REVIEWS = {
               "lengths": [64, 128], "lr": 2e-3, "d_ff": 64},
     "cpu": {"longest": 1024, "d_model": 64, "n_layers": 2, "steps": 200, "batch": 8, "tests": 200,
             "lengths": [1024, 4096, 8192], "lr": 2e-3, "d_ff": 192},
-    "gpu": {"longest": 4096, "d_model": 128, "n_layers": 2, "steps": 1200, "batch": 16,
-            "tests": 200, "lengths": [1024, 4096, 16384, 32768], "lr": 2e-3, "d_ff": 384},
+    "gpu": {"longest": 2048, "d_model": 128, "n_layers": 2, "steps": 1500, "batch": 16,
+            "tests": 200, "lengths": [1024, 4096, 16384, 32768], "lr": 5e-4, "d_ff": 384},
 }  # fmt: skip
 _ENCODER = {"causal": False, "filters": "global"}
 # case: mixer, its settings, whether the classifier reads in both directions, what is published
