@@ -283,8 +283,7 @@ def conv(
     if cu_seqlens is not None and not torch.compiler.is_compiling():
         check_cu_seqlens(cu_seqlens, x.shape[0], x.shape[1])
     forms = {"reference": conv_reference, "torch": conv_chunked, "triton": conv_fused}
-    proved = x.dtype in (torch.bfloat16, torch.float32)
-    run = choose("conv", x, backend, forms, lambda: conv_fits(x, weight, bias), proved)
+    run = choose("conv", x, backend, forms, lambda: conv_fits(x, weight, bias))
     if run is conv_fused and x.shape[1] == 1 and cu_seqlens is None:
         run = conv_chunked
     return run(x, weight, bias, state=state, cu_seqlens=cu_seqlens)

@@ -21,7 +21,7 @@ OPS = (
 BACKENDS = ("reference", "torch", "triton")
 KERNELS = ("memory", "decay", "delta", "selective", "mlstm", "conv", "norm", "loss")
 """Ops with a Triton form."""
-PROVED = ("memory", "decay", "selective", "mlstm", "conv", "norm")
+PROVED = ("memory", "decay", "selective", "mlstm", "conv", "norm", "loss")
 """Those whose Triton form runs by default on CUDA, in the cases that an op calls proved: every
 check on a GPU passed (docs/LOG.md). The others run when asked for."""
 

@@ -49,8 +49,7 @@ def _fused(x: Tensor, weight: Tensor | None, gate: Tensor | None = None) -> bool
     """Whether the kernels compute a norm. A compiler makes one of its own, with what is around."""
     if torch.compiler.is_compiling():
         return False
-    proved = x.dtype is torch.bfloat16
-    return by_kernel("norm", x, lambda: norm_fits(x, weight, gate), proved)
+    return by_kernel("norm", x, lambda: norm_fits(x, weight, gate))
 
 
 def _normalise(x: Tensor, weight: Tensor | None, eps: float, scale: float = 1.0) -> Tensor:

@@ -11,7 +11,13 @@ from collections.abc import Callable, Iterator
 from functools import cache, partial
 
 from longscan.proof.case import Case
-from longscan.proof.channels import conv_cases, mamba_cases, norm_cases, selective_cases
+from longscan.proof.channels import (
+    conv_cases,
+    loss_cases,
+    mamba_cases,
+    norm_cases,
+    selective_cases,
+)  # fmt: skip
 from longscan.proof.heads import (
     KEY_GATES,
     SCALAR_GATES,
@@ -33,6 +39,7 @@ CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "conv": conv_cases,
     "conv_silu": conv_cases,
     "norm": norm_cases,
+    "loss": loss_cases,
 }
 """The kernels, by name, and what each is proved on."""
 

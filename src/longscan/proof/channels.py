@@ -1,4 +1,4 @@
-"""Cases of the ops with channels: the selective scan, the convolution, the norms."""
+"""Cases of the ops with channels: the selective scan, the convolution, the norms, the loss."""
 
 from __future__ import annotations
 
@@ -242,3 +242,48 @@ def norm_cases() -> Iterator[Case]:
     yield case("weights as the values", 2, 50, 128, weight=(128,), low=True)
     yield case("many rows", 7, 3001, 64, weight=(64,), gated=True, activation="sigmoid")
     yield case("beyond 2^31", 1, 2048, 1024, weight=(1024,), copies=1040, dtypes=("bf16",))
+
+
+# --- the loss -------------------------------------------------------------------------------
+
+
+def loss_arguments(
+    g: torch.Generator, n: int, classes: int, *, width: int = 64, ignored: float = 0.2,
+    large: float = 1.0, **options: Any,
+) -> Arguments:  # fmt: skip
+    """ignored: the share of tokens without a target; large: the scale of logits."""
+    targets = (uniform(g, n) * options.get("n_classes", classes)).long()
+    return {
+        "h": normal(g, n, width) * large,
+        "weight": normal(g, classes, width) * width**-0.5,
+        "targets": torch.where(uniform(g, n) < ignored, -100, targets),
+        **options,
+    }
+
+
+def loss_cases() -> Iterator[Case]:
+    def case(name: str, n: int, classes: int, **options: Any) -> Case:
+        known = ("quick", "strided", "floor")
+        more = {k: options.pop(k) for k in list(options) if k in known}
+        make = partial(loss_arguments, n=n, classes=classes, **options)
+        return Case(name, make, group=str(classes), **more)
+
+    yield case("small", 5, 20, width=16, quick=True)
+    yield case("small tokens", 9, 33, width=16, reduction="none", quick=True)
+    for n in (1, 2, 17, 150, 3000):
+        yield case(f"N={n}", n, 1000, ignored=0.0)
+    for classes in (2, 50, 4096, 8191, 8192, 8193, 16385, 32000, 50257):
+        yield case(f"V={classes}", 130, classes)
+    for width in (1, 24, 500, 1024):
+        yield case(f"D={width}", 130, 1000, width=width)
+    for reduction in ("none", "sum"):
+        yield case(reduction, 150, 1000, reduction=reduction)
+        yield case(f"{reduction} in pieces", 700, 1000, reduction=reduction, chunk=64)
+    yield case("mean in pieces", 700, 1000, chunk=64)
+    yield case("padded classes", 150, 1024, n_classes=1000)
+    yield case("padded classes, capped", 150, 1024, n_classes=1000, logit_cap=15.0)
+    yield case("capped", 150, 1000, logit_cap=2.0)
+    yield case("large logits", 150, 1000, large=20.0)
+    yield case("no token left out", 150, 1000, ignored=0.0, reduction="none")
+    yield case("nearly all left out", 150, 1000, ignored=0.99, reduction="sum")
+    yield case("views", 150, 1000, strided=True)

@@ -118,7 +118,7 @@ def _dtype(how: Kernel, case: Case, name: str, dtype: torch.dtype) -> torch.dtyp
     if name.startswith("d "):
         return _kind(how, case, name[2:], dtype)
     if name == "o":
-        return dtype
+        return torch.float32 if "o" in how.wide else dtype
     return torch.float32 if "state" in how.wide else None
 
 

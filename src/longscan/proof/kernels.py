@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from longscan.ops._check import widen
 from longscan.ops.conv import conv
+from longscan.ops.loss import linear_cross_entropy
 from longscan.ops.selective import selective
 
 Run = Callable[..., tuple]
@@ -25,7 +26,8 @@ class Kernel:
 
     gates: of float32, or of the dtype of the values where a case says so; wide: float32 always;
     shared: without a batch axis. module: of the launcher; options: of the launcher alone;
-    plain: what the launcher with these options computes, where that is no op.
+    plain: what the launcher with these options computes, where that is no op; launch: what runs
+    the kernel, where no launcher has these arguments.
     """
 
     op: str
@@ -36,6 +38,7 @@ class Kernel:
     module: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
     plain: Run | None = None
+    launch: Run | None = None
 
     def run(self, arguments: Mapping[str, Any], function: Run) -> tuple:
         """Call an op, or what has its arguments."""
@@ -78,6 +81,29 @@ def _norm(
     return y.to(dtype), None
 
 
+def _loss(
+    h: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    reduction: str = "mean",
+    n_classes: int | None = None,
+    logit_cap: float | None = None,
+    chunk: int | None = None,
+) -> tuple:
+    z = widen(h) @ widen(weight).T[:, :n_classes]
+    z = z if logit_cap is None else logit_cap * (z / logit_cap).tanh()
+    losses = F.cross_entropy(z, targets, reduction="none")
+    if reduction == "none":
+        return losses, None
+    count = (targets >= 0).sum().clamp(min=1) if reduction == "mean" else 1
+    return (losses.sum() / count).reshape(1), None
+
+
+def _loss_launch(*args: Any, **more: Any) -> tuple:
+    return linear_cross_entropy(*args, **more).reshape(-1), None
+
+
 KERNELS = {
     "decay": Kernel("decay", ("q", "k", "v", "log_a"), ("log_a",)),
     "decay_keys": Kernel("decay", ("q", "k", "v", "log_a"), ("log_a",)),
@@ -101,6 +127,10 @@ KERNELS = {
     "norm": Kernel(
         "norm", ("x", "weight", "gate"), ("weight",), wide=(), shared=("weight",), module="norm",
         plain=_norm,
+    ),
+    "loss": Kernel(
+        "loss", ("h", "weight", "targets"), wide=("o",), shared=("weight",), plain=_loss,
+        launch=_loss_launch,
     ),
 }  # fmt: skip
 
@@ -132,6 +162,8 @@ def direct(kernel: str) -> Run:
     how = KERNELS[kernel]
     launcher = how.module or kernel
     module = import_module(f"longscan.ops._{launcher}_fused")
+    if how.launch is not None:
+        return how.launch
     fused, fits = (getattr(module, f"{launcher}_{name}") for name in ("fused", "fits"))
 
     def run(*args: Any, **more: Any) -> tuple:
