@@ -69,10 +69,10 @@ def _causal(scores, i, j):
     return tl.where(i[:, None] >= j[None, :], scores, 0.0)
 
 
-@triton.jit(do_not_specialize=["H", "N"])
+@triton.jit(do_not_specialize=["span", "H", "N"])
 def scan(
     a, b, c, sums, init, out, ends, decay, borders,
-    segments, first_piece, begins, H, N,
+    segments, first_piece, begins, span, H, N,
     R: tl.constexpr, DA: tl.constexpr, DC: tl.constexpr, BA: tl.constexpr, BC: tl.constexpr,
     C: tl.constexpr, EVERY: tl.constexpr, REVERSE: tl.constexpr, GATED: tl.constexpr,
     STARTED: tl.constexpr, READ: tl.constexpr, ENDS: tl.constexpr, ALONE: tl.constexpr,
@@ -83,8 +83,8 @@ def scan(
     a, b [N, H / R, DA]; c, out [N, H, DC]; sums [2, H, N]: see `gates`, of chunks of C tokens.
     init [segments, H, DA, DC]: the state a segment begins its walk with (STARTED).
     ends: the state at the end of a sequence's walk [sequences, H, DA, DC] (ENDS). ALONE: what each
-    segment adds, [segments, H, DA, DC], and the log2 of its decay [segments, H]; the last segment
-    of a walk is left out: nobody comes after it.
+    segment adds, [segments, H, DA, DC], and the log2 of its decay [segments, H]; those in the last
+    `span` tokens of a walk, if all are such stretches but this one, are left out.
     borders [pieces, H, DA, DC]: the state before every EVERY-th chunk of the walk; EVERY = 0: none.
     segments [m, 3]: sequence, first token, end; begins, first_piece: of each sequence.
     WIDE: operands of products are raised to float32. READ = False: neither a nor out is touched.
@@ -97,12 +97,17 @@ def scan(
     row = tl.load(segments + segment * 3)
     lo = tl.load(segments + segment * 3 + 1)
     hi = tl.load(segments + segment * 3 + 2)
+    begin, stop = tl.load(begins + row), tl.load(begins + row + 1)
     if REVERSE:
-        last = lo == tl.load(begins + row)
+        last = lo == begin
     else:
-        last = hi == tl.load(begins + row + 1)
-    if ALONE:  # noqa: SIM102 (one is known to the compiler)
-        if last:
+        last = hi == stop
+    if ALONE:
+        if REVERSE:
+            unused = lo - begin < span
+        else:
+            unused = (lo - begin) // span == (stop - 1 - begin) // span
+        if unused:
             return
     length = (hi - lo).to(tl.int32)
     n = tl.cdiv(length, C)
@@ -124,7 +129,7 @@ def scan(
     real = (oa[:, None] < DA) & (ov[None, :] < DC)
     at = (segment * H + h) * (DA * DC)
     if EVERY > 0:
-        piece = tl.load(first_piece + row) + (lo - tl.load(begins + row)) // (C * EVERY)
+        piece = tl.load(first_piece + row) + (lo - begin) // (C * EVERY)
         borders += (piece * H + h) * (DA * DC)
     if STARTED:
         S = tl.load(init + at + in_state, mask=real, other=0.0)
@@ -194,15 +199,17 @@ def scan(
         tl.store(ends + (row * H + h) * (DA * DC) + in_state, S, mask=real & last)
 
 
-@triton.jit(do_not_specialize=["H"])
+@triton.jit(do_not_specialize=["parts", "H"])
 def combine(
-    ends, decay, init, first, H,
+    ends, decay, init, enters, first, first_part, parts, H,
     SIZE: tl.constexpr, BLOCK: tl.constexpr, REVERSE: tl.constexpr, GATED: tl.constexpr,
     STARTED: tl.constexpr,
 ):  # fmt: skip
-    """Turns what each segment adds to the state, ends [m, H, SIZE], into the state that enters it.
+    """enters [segments, H, SIZE]: the state that enters each segment.
 
-    init [sequences, H, SIZE]: the state before; first [sequences + 1]: of each, its first segment.
+    ends [m, H, SIZE], decay [m, H]: what parts of segments add to it and how they weaken it; each
+    segment has `parts`, but the last of a sequence may have fewer. first, first_part: of each
+    sequence. init [sequences, H, SIZE]: the state before.
     """
     pid = tl.program_id(0)
     blocks: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK
@@ -210,41 +217,53 @@ def combine(
     real = offs < SIZE
     h = (pid // blocks) % H
     row = (pid // (blocks * H)).to(tl.int64)
-    begin = tl.load(first + row)
+    begin, begin_part = tl.load(first + row), tl.load(first_part + row)
     n = (tl.load(first + row + 1) - begin).to(tl.int32)
+    n_parts = (tl.load(first_part + row + 1) - begin_part).to(tl.int32)
     at = (row * H + h) * SIZE + offs
     if STARTED:
         S = tl.load(init + at, mask=real, other=0.0)
     else:
         S = tl.zeros([BLOCK], tl.float32)
-    for i in range(0, n - 1):
-        segment = begin + (n - 1 - i if REVERSE else i)
-        p = ends + (segment * H + h) * SIZE + offs
-        more = tl.load(p, mask=real, other=0.0)
-        tl.store(p, S, mask=real)
+    used = n_parts - parts if REVERSE else (n - 1) * parts
+    for i in range(0, used):
+        part = n_parts - 1 - i if REVERSE else i
+        place = (begin_part + part) * H + h
+        more = tl.load(ends + place * SIZE + offs, mask=real, other=0.0)
+        if REVERSE:
+            enters_here = ((part + 1) % parts == 0) | (i == 0)
+        else:
+            enters_here = part % parts == 0
+        into = enters + ((begin + part // parts) * H + h) * SIZE + offs
+        tl.store(into, S, mask=real & enters_here)
         if GATED:
-            S = S * tl.exp2(tl.load(decay + segment * H + h))
+            S = S * tl.exp2(tl.load(decay + place))
         S += more
     segment = begin if REVERSE else begin + n - 1
-    tl.store(ends + (segment * H + h) * SIZE + offs, S, mask=real)
+    tl.store(enters + (segment * H + h) * SIZE + offs, S, mask=real)
 
 
 @triton.jit(do_not_specialize=["H", "N"])
 def gradients(
-    q, k, v, do, sums, left, right, dq, dk, terms, inner, pieces, H, N,
-    R: tl.constexpr, PARTS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
-    BV: tl.constexpr, L: tl.constexpr, GATED: tl.constexpr, WIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    q, k, v, do, sums, left, right, dq, dk, more_q, more_k, terms, inner, pieces, H, N,
+    R: tl.constexpr, PARTS: tl.constexpr, NEAR: tl.constexpr, FAR: tl.constexpr,
+    FROM: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, L: tl.constexpr,
+    GATED: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq, dk and the gates' gradients of a piece of at most L tokens, summed over a group's heads.
 
     Half of the programs make dq, looking back, half dk, looking ahead: the same with other names.
         dq_t = sum over s <= t of the decay between them, (do_t . v_s) k_s, and S do_t
         dk_s = sum over t >= s of the decay between them, (v_s . do_t) q_t, and R v_s
+    NEAR: the first part. Keys are shared, so that weights are summed over the heads before they
+    meet them. FAR: the second. Apart, each needs few registers and much of it runs side by side.
     left, right [pieces, H, K, V]: S, the state that enters, and R, the gradient of what leaves.
-    dq, dk [PARTS, N, H / R, K]: the R heads of a group in PARTS sums.
+    dq, dk [PARTS, N, H / R, K]: the R heads of a group in PARTS sums. more_q, more_k
+    [FROM, N, H / R, K]: what is to be added to them.
     sums [2, H, N]: see `gates`, of these pieces.
-    terms [tiles of K, 3, H, N], inner [tiles of K, pieces, H]: what `flows` adds up.
+    terms [2 (NEAR) and 2 (FAR) for each tile of K, H, N], inner [tiles of K, pieces, H]: what
+    `flows` adds up.
 
     What flows over a token's gate comes from four kinds of pairs (s before, t not before the
     token): both in the piece, one of them, none. Nothing cancels but pairs inside the piece, and
@@ -265,9 +284,7 @@ def gradients(
     count = (tl.load(pieces + piece * 3 + 2) - lo).to(tl.int32)
     cut = tl.num_programs(0) // (2 * tiles * groups * PARTS)
     ot = tl.arange(0, L)
-    # Beyond the end, the last token's gates: no difference is positive where it is kept.
-    at_token = tl.minimum(ot, count - 1)
-    shut = H.to(tl.int64) * N
+    size = H.to(tl.int64) * N
     ok = tile * BK + tl.arange(0, BK)
     ov = tl.arange(0, BV)
     inside = ot < count
@@ -276,89 +293,110 @@ def gradients(
     mask_k = inside[:, None] if whole_k else inside[:, None] & (ok[None, :] < K)
     mask_v = inside[:, None] if whole_v else inside[:, None] & (ov[None, :] < V)
     mask_s = (ok[:, None] < K) & (ov[None, :] < V)
-    start = (lo * groups + group) * K
-    in_k = ot[:, None] * (groups * K) + ok[None, :]
-    in_v = ot[:, None] * (H * V) + ov[None, :]
-    in_s = ok[:, None] * V + ov[None, :]
+    first = group * R + part * heads
+    in_k = (lo * groups + group) * K + ot[:, None] * (groups * K) + ok[None, :]
+    in_v = (lo * H + first) * V + ot[:, None] * (H * V) + ov[None, :]
+    in_s = (piece * H + first) * (K * V) + ok[:, None] * V + ov[None, :]
     if ahead == 1:
         a, b, x, y = v, do, k, q
-        near_state, far_state, into = right, left, dk
+        near_state, far_state, into, more = right, left, dk, more_k
     else:
         a, b, x, y = do, v, q, k
-        near_state, far_state, into = left, right, dq
-    mine = tl.load(x + start + in_k, mask=mask_k, other=0.0).to(tl.float32)
-    other = tl.load(y + start + in_k, mask=mask_k, other=0.0)
+        near_state, far_state, into, more = left, right, dq, more_q
+    past = (ot * way)[:, None] >= (ot * way)[None, :]
+    of_head = sums + first.to(tl.int64) * N + lo
+    mine = tl.load(x + in_k, mask=mask_k, other=0.0)
     if WIDE:
-        other = other.to(tl.float32)
+        mine = mine.to(tl.float32)
     acc = tl.zeros([L, BK], tl.float32)
-    all_own = tl.zeros([L], tl.float32)
-    # Zero, but the compiler cannot know: it keeps masks out of registers from head to head.
-    nothing = (count < 0).to(tl.int32)
+    pairs = tl.zeros([L, L], tl.float32)
+    if NEAR and GATED:
+        other = tl.load(y + in_k, mask=mask_k, other=0.0)
+        if WIDE:
+            other = other.to(tl.float32)
+        scores = tl.dot(mine, tl.trans(other), input_precision=PRECISION)
+        scores = tl.where(past & (ot[:, None] != ot[None, :]), scores, 0.0)
+    # Fetched a head ahead by hand: the compiler does so only with what products need. Sums beyond
+    # the end of the piece, which are anything, meet rows of zeros only.
+    if GATED:
+        e_next = tl.load(of_head + ot)
     for r in range(0, heads):
-        h = group * R + part * heads + r
-        i = (ot + r * nothing) * way
-        at = (lo * H + h) * V
-        rows = tl.load(a + at + in_v, mask=mask_v, other=0.0)
-        columns = tl.load(b + at + in_v, mask=mask_v, other=0.0)
-        at = (piece * H + h) * (K * V)
-        if whole_k and whole_v:
-            S = tl.load(near_state + at + in_s)
-        else:
-            S = tl.load(near_state + at + in_s, mask=mask_s, other=0.0)
-        if GATED:
-            if whole_k and whole_v:
-                D = tl.load(far_state + at + in_s, mask=ahead == 0, other=0.0)
-            else:
-                D = tl.load(far_state + at + in_s, mask=mask_s & (ahead == 0), other=0.0)
-            of_head = sums + h.to(tl.int64) * N + lo
-            e, zeros = tl.load(of_head + at_token), tl.load(of_head + shut + at_token)
-            total = tl.load(of_head + count - 1)
-            closed = tl.load(of_head + shut + count - 1)
+        rows = tl.load(a + in_v + r * V, mask=mask_v, other=0.0)
         if WIDE:
             rows = rows.to(tl.float32)
-            columns = columns.to(tl.float32)
-        P = tl.dot(rows, tl.trans(columns), input_precision=PRECISION)
         if GATED:
-            own = tl.sum(tl.where(i[:, None] == (ot * way)[None, :], P, 0.0), 1)
-            all_own += own
-            P = _decayed(P, i, ot * way, e * way, zeros, False)
-        else:
-            P = _causal(P, i, ot * way)
-        z = tl.dot(P.to(other.dtype), other, input_precision=PRECISION)
-        if GATED:
-            near = tl.sum(mine * z, 1)
-        acc += z
-        z = tl.dot(rows, tl.trans(S), input_precision=PRECISION)
-        if GATED:
-            reach = tl.exp2(tl.where(ahead == 1, total - e, e))
-            reach = tl.where(zeros == tl.where(ahead == 1, closed, 0.0), reach, 0.0)
-            far = tl.sum(mine * z, 1) * reach
-            z *= reach[:, None]
-            # Outside of the branch: only then is D fetched ahead of its use.
-            across = tl.sum(S.to(tl.float32) * D.to(tl.float32), 1)
-            into_terms = terms + ((tile * 3 + ahead).to(tl.int64) * H + h) * N + lo + ot
-            if ahead == 1:
-                tl.store(into_terms, -near, mask=inside)
-                # What the last token adds to the state crosses no gate of this piece.
-                far = tl.where(ot == count - 1, 0.0, far)
-                tl.store(into_terms + shut, far, mask=inside)
+            e = e_next
+            here = of_head + r * N.to(tl.int64)
+            e_next = tl.load(of_head + tl.minimum(r + 1, heads - 1) * N.to(tl.int64) + ot)
+            last = here + count - 1
+            total, closed = tl.load(last), tl.load(last + size)
+            into_terms = terms + (first + r).to(tl.int64) * N + lo + ot
+        if NEAR:
+            columns = tl.load(b + in_v + r * V, mask=mask_v, other=0.0)
+            if WIDE:
+                columns = columns.to(tl.float32)
+            P = tl.dot(rows, tl.trans(columns), input_precision=PRECISION)
+            if GATED:
+                f = e * way
+                # Where the column is in the future it is left out at last.
+                P *= tl.exp2(tl.minimum(f[:, None] - f[None, :], 0.0))
+                if closed > 0:
+                    zeros = tl.load(here + size + ot)
+                    P = tl.where(zeros[:, None] == zeros[None, :], P, 0.0)
+                near = tl.sum(P * scores, 1) * way
+                tl.store(into_terms + (2 * tile + ahead) * size, near, mask=inside)
+            pairs += P
+        if FAR:
+            at = in_s + r * (K * V)
+            if whole_k and whole_v:
+                S = tl.load(near_state + at)
             else:
-                tl.store(into_terms, near + far, mask=inside)
-                flow = tl.sum(across, 0)
-                flow = tl.where(closed == 0, flow * tl.exp2(total), 0.0)
-                tl.store(inner + (tile.to(tl.int64) * cut + piece) * H + h, flow)
-        acc += z
-    if GATED:
-        acc += all_own[:, None] * other.to(tl.float32)
-    start += part.to(tl.int64) * N * groups * K
-    tl.store(into + start + in_k, acc.to(dq.dtype.element_ty), mask=mask_k)
+                S = tl.load(near_state + at, mask=mask_s, other=0.0)
+            if GATED:
+                if whole_k and whole_v:
+                    D = tl.load(far_state + at, mask=ahead == 0, other=0.0)
+                else:
+                    D = tl.load(far_state + at, mask=mask_s & (ahead == 0), other=0.0)
+            z = tl.dot(rows, tl.trans(S), input_precision=PRECISION)
+            if GATED:
+                reach = tl.exp2(tl.where(ahead == 1, total - e, e))
+                if closed > 0:
+                    zeros = tl.load(here + size + ot)
+                    reach = tl.where(zeros == tl.where(ahead == 1, closed, 0.0), reach, 0.0)
+                far = tl.sum(mine.to(tl.float32) * z, 1) * reach
+                z *= reach[:, None]
+                # What the last token adds to the state crosses no gate of this piece.
+                far = tl.where((ahead == 1) & (ot == count - 1), 0.0, far)
+                slot = (2 * tiles if NEAR else 0) + ahead * tiles + tile
+                tl.store(into_terms + slot * size, far, mask=inside)
+                # Outside of the branch: only then is D fetched ahead of its use.
+                across = tl.sum(S.to(tl.float32) * D.to(tl.float32), 1)
+                if ahead == 0:
+                    flow = tl.sum(across, 0)
+                    flow = tl.where(closed == 0, flow * tl.exp2(total), 0.0)
+                    tl.store(inner + (tile.to(tl.int64) * cut + piece) * H + first + r, flow)
+            acc += z
+    if NEAR:
+        other = tl.load(y + in_k, mask=mask_k, other=0.0)
+        if WIDE:
+            other = other.to(tl.float32)
+        pairs = tl.where(past, pairs, 0.0).to(other.dtype)
+        acc = tl.dot(pairs, other, acc, input_precision=PRECISION)
+    for i in tl.static_range(FROM):
+        acc += tl.load(more + i * N.to(tl.int64) * groups * K + in_k, mask=mask_k, other=0.0)
+    into += part.to(tl.int64) * N * groups * K
+    tl.store(into + in_k, acc.to(dq.dtype.element_ty), mask=mask_k)
 
 
 @triton.jit(do_not_specialize=["H", "N"])
 def flows(
-    terms, inner, dg, pieces, H, N, TILES: tl.constexpr, L: tl.constexpr, BLOCK: tl.constexpr
-):
-    """dg [N, H]: what flows over each token's gate, from what `gradients` left of each piece."""
+    terms, inner, dg, pieces, H, N,
+    NEAR: tl.constexpr, TILES: tl.constexpr, L: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """dg [N, H]: what flows over each token's gate, from what `gradients` left of each piece.
+
+    terms [2 NEAR + 2 TILES, H, N], inner [TILES, pieces, H]: of so many tiles of keys.
+    """
     pid = tl.program_id(0)
     blocks = (H + BLOCK - 1) // BLOCK
     cut = tl.num_programs(0) // blocks
@@ -374,10 +412,11 @@ def flows(
     ahead = tl.zeros([BLOCK, L], tl.float32)
     behind = tl.zeros([BLOCK, L], tl.float32)
     across = tl.zeros([BLOCK], tl.float32)
+    for i in tl.static_range(2 * NEAR + TILES):
+        ahead += tl.load(terms + i * size, mask=real, other=0.0)
+    terms += (2 * NEAR + TILES) * size
     for i in tl.static_range(TILES):
-        ahead += tl.load(terms + (3 * i) * size, mask=real, other=0.0)
-        ahead += tl.load(terms + (3 * i + 1) * size, mask=real, other=0.0)
-        behind += tl.load(terms + (3 * i + 2) * size, mask=real, other=0.0)
+        behind += tl.load(terms + i * size, mask=real, other=0.0)
         across += tl.load(inner + i * cut.to(tl.int64) * H, mask=heads < H, other=0.0)
     flow = tl.cumsum(ahead, 1, reverse=True) + (tl.cumsum(behind, 1) - behind) + across[:, None]
     tl.store(dg + (lo + t) * H + heads[:, None], flow.to(dg.dtype.element_ty), mask=real)

@@ -431,15 +431,18 @@ def expand(
             inside += tl.load(near + at, mask=mask_k, other=0.0)
         o = tl.dot(state.to(OPERAND), tl.trans(xs), input_precision=PRECISION)
         o *= tl.where(is_far, 1.0, rest)[:, None]
+        # The state comes first: waiting for o then waits for it too, before loads of the next chunk
+        # may take the place of vs.
+        state *= rest[:, None]
+        passed = written
+        if not REVERSE:
+            passed = tl.where(gated, written, 0.0).to(OPERAND)
+        state = tl.dot(passed, vs, state, input_precision=PRECISION)
         o = tl.dot(written, weights, o, input_precision=PRECISION)
         o = o * tl.exp2(ex) + inside
-        state *= rest[:, None]
         product = mine * o
         o += itself * ys
         tl.store(out + at, o.to(out.dtype.element_ty), mask=mask_k)
-        if not REVERSE:
-            written = tl.where(gated, written, 0.0).to(OPERAND)
-        state = tl.dot(written, vs, state, input_precision=PRECISION)
         if REVERSE:
             product = forward - product
             dg = _sums_across(product, oc[:, None] >= oc[None, :], PRODUCTS) + behind[:, None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from importlib import import_module
 from itertools import pairwise
@@ -31,36 +32,46 @@ class Launch(NamedTuple):
 class Launches(NamedTuple):
     """One case's launches: outputs forward and backward in time, states alone, gradients.
 
-    The chunk of `gradients` is the piece at whose borders the backward keeps states.
+    The chunk of `gradients` is the piece at whose borders the backward keeps states. near, far: its
+    two parts, apart where heads share keys.
     """
 
     forward: Launch
     reverse: Launch
     states: Launch
     gradients: Launch
+    near: Launch | None = None
+    far: Launch | None = None
 
 
 # (bytes of an operand, padded key size up to) -> launches.
 LAUNCHES = {
     (2, 64): Launches(
-        Launch(64, 64, 4, 2), Launch(64, 64, 4, 2), Launch(64, 64, 4, 3), Launch(64, 64, 4, 2)
+        Launch(64, 64, 4, 2), Launch(64, 64, 4, 2), Launch(64, 64, 4, 3), Launch(64, 64, 4, 2),
+        Launch(64, 128, 4, 3), Launch(64, 64, 4, 3),
     ),
     (2, 128): Launches(
-        Launch(64, 64, 4, 2), Launch(64, 64, 4, 2), Launch(64, 64, 4, 3), Launch(64, 64, 4, 2)
+        Launch(64, 64, 4, 2), Launch(64, 64, 4, 2), Launch(64, 64, 4, 3), Launch(64, 64, 4, 2),
+        Launch(64, 128, 4, 3), Launch(64, 64, 4, 3),
     ),
     (2, 256): Launches(
-        Launch(32, 32, 4, 2), Launch(32, 32, 4, 2), Launch(32, 32, 4, 2), Launch(64, 64, 8, 1)
+        Launch(32, 32, 4, 2), Launch(32, 32, 4, 2), Launch(32, 32, 4, 2), Launch(64, 64, 8, 1),
+        Launch(64, 64, 8, 1), Launch(64, 64, 8, 1),
     ),
     (4, 64): Launches(
-        Launch(16, 32, 4, 2), Launch(16, 32, 4, 2), Launch(32, 32, 4, 2), Launch(64, 32, 8, 1)
+        Launch(16, 32, 4, 2), Launch(16, 32, 4, 2), Launch(32, 32, 4, 2), Launch(64, 32, 8, 1),
     ),
     (4, 128): Launches(
-        Launch(16, 32, 4, 2), Launch(16, 32, 4, 2), Launch(32, 32, 4, 2), Launch(64, 32, 8, 1)
+        Launch(16, 32, 4, 2), Launch(16, 32, 4, 2), Launch(32, 32, 4, 2), Launch(64, 32, 8, 1),
     ),
     (4, 256): Launches(
-        Launch(16, 32, 8, 1), Launch(16, 32, 8, 1), Launch(16, 32, 8, 1), Launch(64, 32, 8, 1)
+        Launch(16, 32, 8, 1), Launch(16, 32, 8, 1), Launch(16, 32, 8, 1), Launch(64, 32, 8, 1),
     ),
-}
+}  # fmt: skip
+PADDING = 64
+"""Numbers behind the sums of gates: pieces are read whole."""
+WAVES = 1
+"""How often time is cut, against what fills the device: more spare memory in the backward."""
 SHORTEST = 256
 """Tokens of a segment, at least: below, what a cut costs is more than what it brings."""
 
@@ -124,7 +135,7 @@ def _forward(
 def _fake(q, k, v, log_a, state, cu_seqlens, keep):
     rows = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     final = v.new_empty((rows, v.shape[2], k.shape[3], v.shape[3]), dtype=torch.float32)
-    sums = v.shape[0] * v.shape[1] * v.shape[2] * 2 if log_a is not None else 0
+    sums = v.shape[0] * v.shape[1] * v.shape[2] * 2 + PADDING if log_a is not None else 0
     return v.new_empty(v.shape), final, final.new_empty(sums), final.new_empty(0)
 
 
@@ -150,12 +161,17 @@ def _backward(
     enters = _contiguous(state)
     if call.split:
         enters = kept if len(kept) else call.entering(call.k, call.v, enters, reverse=False)
-    call.scan(None, call.k, call.v, enters, borders=left)
     if call.split:
         dfinal = call.entering(call.q, do, dfinal, reverse=True)
     ends = None if state is None else dstate
-    call.scan(call.k, call.q, do, dfinal, out=dv, borders=right, ends=ends, reverse=True)
-    dq, dk, dg = call.gradients(do, left, right)
+
+    def fill(slab: _Slab) -> None:
+        call.scan(None, call.k, call.v, enters, borders=left, slab=slab)
+        call.scan(
+            call.k, call.q, do, dfinal, out=dv, borders=right, ends=ends, reverse=True, slab=slab
+        )
+
+    dq, dk, dg = call.gradients(do, left, right, fill)
     return dq, dk, dv, dg, dstate
 
 
@@ -196,6 +212,16 @@ def _padded(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
+class _Slab(NamedTuple):
+    """Segments that the backward does at a time: it keeps the states at the borders of pieces."""
+
+    start: int
+    stop: int
+    segments: Tensor
+    pieces: Tensor
+    first_piece: Tensor  # of each sequence, counted from the slab's first
+
+
 class _Plan(NamedTuple):
     """Where a case's sequences lie and how its kernels are launched."""
 
@@ -204,8 +230,11 @@ class _Plan(NamedTuple):
     split: bool
     segments: Tensor
     first: Tensor
-    pieces: Tensor
-    first_piece: Tensor
+    span: int  # tokens of a segment
+    parts: Tensor  # of segments, for what each adds to the state
+    first_part: Tensor
+    parted: int  # into how many parts segments are cut
+    slabs: list[_Slab]
     begins: Tensor
 
 
@@ -226,15 +255,52 @@ def _planned(
     # Segments enough to fill the device, and none where it is full.
     tile = min(launches.forward.tile, _padded(d_value))
     long = -(-shape[0] * shape[1] // longest)  # as many sequences of the longest one's length
-    cuts = slots // (long * heads * -(-d_value // tile))
+    cuts = WAVES * slots // (long * heads * -(-d_value // tile))
     size, multiple = longest, max(128, piece)
     if cuts > 1:
         size = max(SHORTEST, -(-longest // (cuts * multiple)) * multiple)
     split = size < longest
     segments, first = pieces(*shape, size if split else shape[1], cu_seqlens, device)
+    tile = min(launches.states.tile, _padded(d_value))
+    many = (len(segments) - rows) * heads * -(-d_value // tile)
+    parted = _parted(many, slots, size) if split else 1
+    parts, first_part = segments, first
+    if parted > 1:
+        parts, first_part = pieces(*shape, size // parted, cu_seqlens, device)
     cut, first_piece = pieces(*shape, piece, cu_seqlens, device)
+    slabs = [_Slab(0, len(segments), segments, cut, first_piece)]
+    n = round(len(segments) * heads * -(-d_value // tile) / slots)
+    if n > 1 and cu_seqlens is None:
+        slabs = _slabs(slabs[0], n, -(-longest // size), -(-longest // piece), size // piece)
     begins = starts(*shape, cu_seqlens, device)
-    return _Plan(launches, rows, split, segments, first, cut, first_piece, begins)
+    return _Plan(
+        launches, rows, split, segments, first, size, parts, first_part, parted, slabs, begins
+    )
+
+
+def _slabs(whole: _Slab, n: int, per_row: int, pieces_per_row: int, pieces: int) -> list[_Slab]:
+    """`whole` in at most n slabs; rows of so many segments and pieces, segments of `pieces`."""
+    cuts = sorted({i * whole.stop // n for i in range(n + 1)})
+    slabs = []
+    for start, stop in pairwise(cuts):
+        a, b = (i // per_row * pieces_per_row + i % per_row * pieces for i in (start, stop))
+        slabs.append(
+            _Slab(
+                start, stop, whole.segments[start:stop].clone(), whole.pieces[a:b].clone(),
+                whole.first_piece - a,
+            )
+        )  # fmt: skip
+    return slabs
+
+
+def _parted(programs: int, slots: int, size: int) -> int:
+    """Into how many parts to cut segments of `size` tokens, so that all slots have work."""
+    best, least = 1, -(-programs // slots)
+    for n in (2, 3, 4, 6, 8):
+        time = -(-programs * n // slots) / n
+        if size % (n * 128) == 0 and size >= n * SHORTEST and time < 0.9 * least:
+            best, least = n, time
+    return best
 
 
 _plan = lru_cache(maxsize=64)(_planned)
@@ -280,7 +346,8 @@ class _Call:
         return torch.empty(size, dtype=torch.float32, device=self.device)
 
     def borders(self) -> Tensor:
-        size = (len(self.plan.pieces), self.heads, self.d_key, self.d_value)
+        count = max(len(slab.pieces) for slab in self.plan.slabs)
+        size = (count, self.heads, self.d_key, self.d_value)
         return torch.empty(size, dtype=self.border, device=self.device)
 
     def sums(self, chunk: int) -> Tensor:
@@ -288,7 +355,7 @@ class _Call:
         if self.log_a is None:  # nobody looks
             return self.v
         if chunk not in self.summed:
-            size, block = 2 * self.tokens * self.heads, 16
+            size, block = 2 * self.tokens * self.heads + PADDING, 16
             sums = torch.empty(size, dtype=torch.float32, device=self.device)
             cut, _ = pieces(*self.shape, chunk, self.cu_seqlens, self.device)
             self.kernels.gates[(len(cut) * -(-self.heads // block),)](
@@ -299,16 +366,19 @@ class _Call:
 
     def entering(self, b: Tensor, c: Tensor, state: Tensor | None, *, reverse: bool) -> Tensor:
         """The state that enters each segment."""
-        ends = self.states(len(self.plan.segments))
+        plan = self.plan
+        enters = self.states(len(plan.segments))
+        ends = self.states(len(plan.parts))
         decay = torch.empty(ends.shape[:2], dtype=torch.float32, device=self.device)
         self.scan(None, b, c, None, ends=ends, decay=decay, reverse=reverse)
         size, block = self.d_key * self.d_value, 1024
         self.kernels.combine[(self.rows * self.heads * -(-size // block),)](
-            ends, decay, ends if state is None else state, self.plan.first, self.heads,
+            ends, decay, ends if state is None else state, enters, plan.first, plan.first_part,
+            plan.parted, self.heads,
             SIZE=size, BLOCK=block, REVERSE=reverse, GATED=self.log_a is not None,
             STARTED=state is not None, num_warps=4,
         )  # fmt: skip
-        return ends
+        return enters
 
     def scan(
         self,
@@ -322,8 +392,9 @@ class _Call:
         decay: Tensor | None = None,
         borders: Tensor | None = None,
         reverse: bool = False,
+        slab: _Slab | None = None,
     ) -> None:
-        """ends: of the sequences, or, with decay, what each segment alone adds."""
+        """ends: of the sequences, or, with decay, what each part of a segment alone adds."""
         launches, plan, heads = self.launches, self.plan, self.heads
         launch = launches.reverse if reverse else launches.forward
         if a is None:
@@ -337,10 +408,15 @@ class _Call:
         def there(x: Tensor | None) -> Tensor:  # the kernel does not touch what is not there
             return b if x is None else x
 
-        grid = len(plan.segments) * heads * -(-self.d_value // tile)
+        segments, first_piece = plan.segments if decay is None else plan.parts, plan.begins
+        if slab is not None:
+            segments, first_piece = slab.segments, slab.first_piece
+            if enters is not None and len(enters) != slab.stop - slab.start:
+                enters = enters[slab.start : slab.stop]
+        grid = len(segments) * heads * -(-self.d_value // tile)
         self.kernels.scan[(grid,)](
             there(a), b, c, self.sums(chunk), there(enters), there(out), there(ends), there(decay),
-            there(borders), plan.segments, plan.first_piece, plan.begins, heads, self.tokens,
+            there(borders), segments, first_piece, plan.begins, plan.span, heads, self.tokens,
             R=heads // self.groups, DA=self.d_key, DC=self.d_value, BA=_padded(self.d_key),
             BC=tile, C=chunk, EVERY=every, REVERSE=reverse, GATED=self.log_a is not None,
             STARTED=enters is not None, READ=a is not None, ENDS=ends is not None,
@@ -348,41 +424,70 @@ class _Call:
             num_warps=launch.warps, num_stages=launch.stages,
         )  # fmt: skip
 
-    def gradients(self, do: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        launch, cut, heads = self.launches.gradients, self.plan.pieces, self.heads
-        tile = min(launch.tile, _padded(self.d_key))
-        tiles, group = -(-self.d_key // tile), heads // self.groups
-        # Few programs with many heads each: several sums per group, added up afterwards.
-        parts, programs = 1, len(cut) * self.groups * tiles * 2
-        while programs * parts < slots(self.device) and group % (2 * parts) == 0:
-            parts *= 2
-        gated = self.log_a is not None
+    def gradients(
+        self, do: Tensor, left: Tensor, right: Tensor, fill: Callable[[_Slab], None]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Of q, k and log_a; `fill` makes the states at the borders of a slab, left and right."""
+        launches, heads, slabs = self.launches, self.heads, self.plan.slabs
+        group, gated = heads // self.groups, self.log_a is not None
+        made = [(True, True, launches.gradients)]
+        if group > 1 and launches.near is not None:
+            made = [(True, False, launches.near), (False, True, launches.far)]
+        tiles = [-(-self.d_key // launch.tile) for _, _, launch in made]
+        programs = [len(slabs[0].pieces) * self.groups * count * 2 for count in tiles]
+        parts = [self.parts(n) for n in programs]
+        near, far = 2 * tiles[0], tiles[-1]
         dq, dk, terms, inner = torch.empty_like(self.q), torch.empty_like(self.k), left, left
-        if parts > 1:
-            size = (2, parts, *self.q.shape)
-            dq, dk = torch.empty(size, dtype=torch.float32, device=self.device).unbind()
-        if gated:
-            size = tiles * heads * (3 * self.tokens)
+        # Sums of each launch [parts, N, H / R, K]; the last adds those before, if it has but one.
+        sums = [(dq, dk)]
+        if sum(parts) > 1:
+            direct = parts[-1] == 1
+            count = sum(parts) - direct
+            size = (2, count, *self.q.shape)
+            all_dq, all_dk = torch.empty(size, dtype=torch.float32, device=self.device).unbind()
+            sums = [(all_dq, all_dk)]
+            if len(made) > 1:
+                sums.append((dq, dk) if direct else (all_dq[parts[0] :], all_dk[parts[0] :]))
+        dg, block = self.nothing(), 16
+        if self.log_a is not None:
+            dg = torch.empty_like(self.log_a)
+            size = (near + 2 * far, heads, self.tokens)
             terms = torch.empty(size, dtype=torch.float32, device=self.device)
-            size = tiles * heads * len(cut)
+            size = (far, len(left), heads)
             inner = torch.empty(size, dtype=torch.float32, device=self.device)
-        self.kernels.gradients[(programs * parts,)](
-            self.q, self.k, self.v, do, self.sums(launch.chunk), left, right, dq, dk, terms, inner,
-            cut, heads, self.tokens,
-            R=group, PARTS=parts, K=self.d_key, V=self.d_value, BK=tile, BV=_padded(self.d_value),
-            L=launch.chunk, GATED=gated, WIDE=self.wide, PRECISION=self.precision,
-            num_warps=launch.warps, num_stages=launch.stages,
-        )  # fmt: skip
-        if parts > 1:
-            dq, dk = dq.sum(0).to(self.q.dtype), dk.sum(0).to(self.k.dtype)
-        if self.log_a is None:
-            return dq, dk, self.nothing()
-        dg, block = torch.empty_like(self.log_a), 16
-        self.kernels.flows[(len(cut) * -(-heads // block),)](
-            terms, inner, dg, cut, heads, self.tokens, TILES=tiles, L=launch.chunk, BLOCK=block,
-            num_warps=4,
-        )  # fmt: skip
+        for slab in slabs:
+            fill(slab)
+            cut = slab.pieces
+            for (is_near, is_far, launch), count, n, into in zip(
+                made, tiles, parts, sums, strict=True
+            ):
+                lead = 0 if is_near or not gated else near
+                self.kernels.gradients[(len(cut) * self.groups * count * 2 * n,)](
+                    self.q, self.k, self.v, do, self.sums(launch.chunk), left, right,
+                    *into, *sums[0], terms[lead:] if lead else terms, inner, cut, heads,
+                    self.tokens,
+                    R=group, PARTS=n, NEAR=is_near, FAR=is_far,
+                    FROM=parts[0] if into[0] is dq and not is_near else 0, K=self.d_key,
+                    V=self.d_value,
+                    BK=min(launch.tile, _padded(self.d_key)), BV=_padded(self.d_value),
+                    L=launch.chunk, GATED=gated, WIDE=self.wide, PRECISION=self.precision,
+                    num_warps=launch.warps, num_stages=launch.stages,
+                )  # fmt: skip
+            if gated:
+                self.kernels.flows[(len(cut) * -(-heads // block),)](
+                    terms, inner, dg, cut, heads, self.tokens, NEAR=tiles[0], TILES=far,
+                    L=launches.gradients.chunk, BLOCK=block, num_warps=4,
+                )  # fmt: skip
+        if sums[-1][0] is not dq:
+            dq, dk = all_dq.sum(0).to(self.q.dtype), all_dk.sum(0).to(self.k.dtype)
         return dq, dk, dg
+
+    def parts(self, programs: int) -> int:
+        """How many sums make a group's, where there are few programs of many heads each."""
+        n, group = 1, self.heads // self.groups
+        while programs * n < slots(self.device) and group % (2 * n) == 0:
+            n *= 2
+        return n
 
 
 @lru_cache(maxsize=1)

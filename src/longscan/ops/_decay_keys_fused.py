@@ -40,6 +40,10 @@ LAUNCHES = {
     (4, 128): (Launch(32, 4, 1), Launch(64, 8, 1), Launch(64, 8, 1)),
     (4, 256): (Launch(32, 8, 1), Launch(64, 8, 1), Launch(64, 8, 1)),
 }
+PRODUCTS = torch.float32
+"""Of q dq, which the gates' gradients sum with k dk: roundings of bfloat16 would add up."""
+FEW = 16
+"""Keys of a head, at most, with which products of bfloat16 numbers are made in TF32."""
 CHUNK = 16
 """Tokens of a chunk, the same in all kernels; with 32, scans spill registers."""
 GROUP = 16
@@ -62,24 +66,29 @@ def _padded(n: int) -> int:
     return max(16, 1 << (n - 1).bit_length())
 
 
-def _size(x: Tensor) -> int:
-    return 2 if x.dtype is torch.bfloat16 else 4
+def _operand(v: Tensor, d_key: int) -> torch.dtype:
+    """The type of operands of products, and of what a kernel leaves to the next.
+
+    With few keys nothing evens out the roundings of bfloat16 in the gates' gradients.
+    """
+    return torch.bfloat16 if v.dtype is torch.bfloat16 and d_key > FEW else torch.float32
 
 
-def _launch(x: Tensor, rows: int, columns: int, which: int) -> Launch:
+def _launch(operand: torch.dtype, rows: int, columns: int, which: int) -> Launch:
     """The launch for states of so many rows; a tile is not wider than the columns."""
-    found = next(v for k, v in LAUNCHES.items() if k[0] == _size(x) and _padded(rows) <= k[1])
+    size = operand.itemsize
+    found = next(v for k, v in LAUNCHES.items() if k[0] == size and _padded(rows) <= k[1])
     return found[which]._replace(tile=min(found[which].tile, _padded(columns)))
 
 
-def _numbers(v: Tensor, log_a: Tensor) -> dict:
+def _numbers(v: Tensor, log_a: Tensor, operand: torch.dtype) -> dict:
     """How the kernels multiply: operands, precision, how many bfloat16 a gate is taken apart into.
 
     Of float32 gates beside bfloat16 operands, 17 bits are kept: an error of 3e-4 in the smallest
     weight of a near chunk, 2^-64.
     """
     tl = import_module("triton.language")
-    narrow = v.dtype is torch.bfloat16
+    narrow = operand is torch.bfloat16
     parts = 1 if log_a.dtype is torch.bfloat16 else 3 - (narrow or log_a.dtype is torch.float16)
     return {
         "OPERAND": tl.bfloat16 if narrow else tl.float32,
@@ -109,12 +118,11 @@ class _Call:
         self.split = self.table.shape[0] > self.rows
         self.chunk_table, self.lead = self.cut(CHUNK)
         self.kernels: Any = import_module("longscan.kernels.decay_keys")
+        self.narrow = _operand(v, self.d_key)
         self.numbers = {
             "H": self.heads, "HK": k.shape[2], "K": self.d_key, "V": self.d_value, "C": CHUNK,
-            **_numbers(v, log_a),
+            **_numbers(v, log_a, self.narrow),
         }  # fmt: skip
-        # What a kernel leaves to the next.
-        self.narrow = torch.bfloat16 if v.dtype is torch.bfloat16 else torch.float32
         self.near = self.empty(batch * length, self.heads, CHUNK, dtype=self.narrow)
 
     def cut(self, size: int) -> tuple[Tensor, Tensor]:
@@ -155,7 +163,7 @@ class _Call:
 
         With `states`, each piece's map instead: what it leaves of a state, and adds to it there.
         """
-        launch = _launch(v, self.d_key, self.d_value, 0)
+        launch = _launch(self.narrow, self.d_key, self.d_value, 0)
         tiles = -(-self.d_value // launch.tile)
         many, read = self.table.shape[0], states is None
         if states is None:
@@ -205,7 +213,7 @@ class _Call:
         sequence.
         """
         reverse = dlog_a is not None
-        launch = _launch(v, self.d_value, self.d_key, 1 + reverse)
+        launch = _launch(self.narrow, self.d_value, self.d_key, 1 + reverse)
         tiles = -(-self.d_key // launch.tile)
         # Heads that share a key are summed in float32.
         dtype = y.dtype if y.shape[2] == self.heads else torch.float32
@@ -288,7 +296,8 @@ def _backward(
     q, k, v, log_a, state, do, dfinal = _contiguous(q, k, v, log_a, state, do, dfinal)
     call = _Call(q, k, v, log_a, cu_seqlens)
     call.kept, call.far = kept, far
-    near_q, near_k, products = (torch.empty_like(log_a, dtype=call.narrow) for _ in range(3))
+    near_q, near_k = (torch.empty_like(log_a, dtype=call.narrow) for _ in range(2))
+    products = torch.empty_like(log_a, dtype=PRODUCTS)
     call.halves(do, near_q, near_k, True)
     table, lead = call.cut(BORDER)
     borders = call.empty(table.shape[0], call.heads, call.d_key, call.d_value, dtype=call.narrow)

@@ -97,6 +97,8 @@ def head_cases(make: Callable[..., Arguments], gate_kinds: tuple[str, ...]) -> I
     for key, value in SIZES:
         yield case(f"K={key} V={value}", Size(key=key, value=value, length=70))
     yield case("4 heads, 1 key", Size(heads=4, groups=1))
+    yield case("8 heads, 1 key, V=64", Size(heads=8, groups=1, key=128))
+    yield case("8 heads, 1 key, K=256", Size(heads=8, groups=1, key=256))
     yield case("6 heads, 2 keys", Size(heads=6, groups=2, key=128, value=64), "usual")
     yield case("no state", state=False)
     yield case("no gradient of the final state", final=False)
