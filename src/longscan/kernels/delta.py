@@ -11,10 +11,13 @@ of basis of the solve; its unit diagonal stays in float32. The transpose serves 
 dV' the gradient of V' outside the chunk's own solve, Z = dV' + G^T diag(beta) dV' is the whole one,
 dv = diag(beta) Z and dbeta = rowsum(Z * E).
 
-`scan` and `scan_back` go through the chunks of a sequence for one tile of columns of v, with the
+`scan` and `passes` go through the chunks of a sequence for one tile of columns of v, with the
 transposed state [V, K] in registers: all that depends on the state is then a left operand, which
 tensor cores take from registers, and all right operands come from memory. `gradients` runs all
 chunks at once from the states and gradients of states between them.
+
+In a pipelined loop a load is an operand of products and nothing else: Triton 3.6 gives one that is
+also used in registers a buffer less, and then fills it while a product still reads it.
 """
 
 from __future__ import annotations
@@ -106,7 +109,7 @@ def solve(
     piece, h = pid // H, pid % H
     begin = tl.load(table + piece * 3 + 1) * STEPS
     n = (tl.load(table + piece * 3 + 2) * STEPS - begin).to(tl.int32)
-    i, kk = tl.arange(0, C), tl.arange(0, BK)
+    i = tl.arange(0, C)
     ok = i < n
     r, c = i[:, None], i[None, :]
     be = tl.load(beta + (begin + i) * H + h, mask=ok, other=0.0).to(tl.float32)
@@ -118,10 +121,20 @@ def solve(
             index, first = i // STEPS, ok & (i % STEPS == 0)
         a = tl.load(log_a + (begin // STEPS + index) * H + h, mask=first, other=0.0)
         a = tl.maximum(a.to(tl.float32) * LOG2E, CLOSED)
-        b = tl.sum(tl.where(r >= c, a[None, :], 0.0), 1)
+        b = tl.cumsum(a, 0)
         tl.store(to + N.to(tl.int64) * H, b, mask=ok)
-    x = _rows(k + (begin * HK + h // (H // HK)) * K, i, ok, HK * K, kk, K, BK).to(DT)
-    low = tl.dot(x, tl.trans(x), input_precision=PRECISION)
+    keys = k + (begin * HK + h // (H // HK)) * K
+    if PRECISION == "tf32":
+        x = _rows(keys, i, ok, HK * K, tl.arange(0, BK), K, BK).to(DT)
+        low = tl.dot(x, tl.trans(x), input_precision=PRECISION)
+    else:
+        # Any error of k.k adds up over time where keys repeat and reflections let nothing die out:
+        # after 150 tokens 1e-7 of it, as float32 sums have, are 2e-5. So these sums are float64.
+        sums = tl.zeros([C, C], tl.float64)
+        for k0 in range(0, BK, 16):
+            x = _rows(keys, i, ok, HK * K, k0 + tl.arange(0, 16), K, BK).to(tl.float64)
+            sums = tl.dot(x, tl.trans(x), acc=sums, out_dtype=tl.float64)
+        low = sums.to(tl.float32)
 
     # Diagonal blocks by substitution, row after row, which no cancellation can spoil.
     NB: tl.constexpr = C // BLOCK
@@ -152,9 +165,9 @@ def solve(
     _put_rows(g + (begin * H + h) * C, out, i, ok, H * C, i, C, C)
 
 
-@triton.jit(do_not_specialize=["N"])
-def scan(
-    q, k, v, g, factors, state, o, e, states, final, starts, first, N,
+@triton.jit
+def _forth(
+    pid, q, k, v, g, factors, state, o, e, states, final, starts, first, N,
     H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
     BV: tl.constexpr, C: tl.constexpr, STEPS: tl.constexpr, GATED: tl.constexpr,
     ENTERS: tl.constexpr, READ: tl.constexpr, KEEP: tl.constexpr, EVERY: tl.constexpr,
@@ -165,7 +178,6 @@ def scan(
     ENTERS: whether a state enters. READ: write o and the final state; KEEP: write the errors
     e [N, H, V] and the state [V, K] that enters each piece of EVERY chunks.
     """
-    pid = tl.program_id(0).to(tl.int64)
     TILES: tl.constexpr = (V + BV - 1) // BV
     WIDE: tl.constexpr = TILES * BV
     ROWS: tl.constexpr = C // STEPS * STEPS
@@ -182,13 +194,16 @@ def scan(
     piece = 0
     if KEEP:
         piece = tl.load(first + row)
-    # Rounded where it is made: an accumulator still being written when an iteration begins makes
-    # the compiler wait for each product in turn.
-    sb = s.to(DT)
+    values = v + (begin * H + h) * V
+    ahead = _columns(values, i, i < tl.minimum(length, ROWS), H * V, vv, V, WIDE)
     for step in range((length + ROWS - 1) // ROWS):
         at = begin + step * ROWS
         n = tl.minimum(length - step * ROWS, ROWS)
         ok = i < n
+        # The compiler prefetches operands of products; v, which is none, one iteration ahead here.
+        wrong = ahead.to(tl.float32)
+        values += ROWS * H * V
+        ahead = _columns(values, i, i < length - (step + 1) * ROWS, H * V, vv, V, WIDE)
         x = _rows(k + (at * HK + hk) * K, i, ok, HK * K, kk, K, BK).to(DT)
         gt = _columns(g + (at * H + h) * C, i, ok, H * C, i, C, C)
         by = factors + h * N + at
@@ -206,17 +221,19 @@ def scan(
             else:
                 scores = tl.where(r <= c, scores, 0.0)
             scores = scores.to(DT)
-        if KEEP:
-            to = states + ((piece + step // EVERY) * H + h) * V * K
-            _put_rows(to, sb, vv, (vv < V) & (step % EVERY == 0), K, kk, K, BK)
+        if KEEP:  # noqa: SIM102
+            if step % EVERY == 0:
+                to = states + ((piece + step // EVERY) * H + h) * V * K
+                _put_rows(to, s, vv, vv < V, K, kk, K, BK)
+        sb = s.to(DT)
         asked = _dot(sb, tl.trans(x), None, PRECISION)
         if READ:
             out = _dot(sb, tl.trans(y), None, PRECISION)
-        wrong = _columns(v + (at * H + h) * V, i, ok, H * V, vv, V, WIDE).to(tl.float32)
+        decay = 1.0
         if GATED:
             reads = tl.exp2(b)[None, :]
             asked *= reads
-            s *= tl.exp2(last)
+            decay = tl.exp2(last)
         wrong -= asked
         wrong = _dot((wrong * beta[None, :]).to(DT), gt, wrong, PRECISION)
         if KEEP:
@@ -229,15 +246,16 @@ def scan(
             _put_columns(o + (at // STEPS * H + h) * V, out, iq, okq, H * V, vv, V, WIDE)
         if GATED:
             wrong *= tl.exp2(tl.minimum(last - b, 0.0))[None, :]
-        s = _dot(wrong.to(DT), x, s, PRECISION)
-        sb = s.to(DT)
+        # Not accumulated in s: a product still running when the next iteration begins makes the
+        # compiler wait for each product in turn.
+        s = tl.fma(s, decay, _dot(wrong.to(DT), x, None, PRECISION))
     if READ:
         _put_columns(final + (row * H + h) * K * V, s, kk, every, V, vv, V, WIDE)
 
 
-@triton.jit(do_not_specialize=["N"])
-def scan_back(
-    q, k, g, factors, do, d_final, zs, leaving, d_state, starts, first, N,
+@triton.jit
+def _back(
+    pid, q, k, g, factors, do, d_final, zs, leaving, d_state, starts, first, N,
     H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
     BV: tl.constexpr, C: tl.constexpr, STEPS: tl.constexpr, GATED: tl.constexpr,
     ENTERS: tl.constexpr, EVERY: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
@@ -247,7 +265,6 @@ def scan_back(
     ENTERS: whether the final state has a gradient. Writes zs [N, H, V], the gradient [V, K] of the
     state that leaves each piece of EVERY chunks, and that of the state that entered the sequence.
     """
-    pid = tl.program_id(0).to(tl.int64)
     TILES: tl.constexpr = (V + BV - 1) // BV
     WIDE: tl.constexpr = TILES * BV
     ROWS: tl.constexpr = C // STEPS * STEPS
@@ -263,7 +280,6 @@ def scan_back(
         d = _columns(d_final + (row * H + h) * K * V, kk, every, V, vv, V, WIDE).to(tl.float32)
     piece = tl.load(first + row)
     steps = (length + ROWS - 1) // ROWS
-    db = d.to(DT)
     for back in range(steps):
         step = steps - 1 - back
         at = begin + step * ROWS
@@ -285,32 +301,74 @@ def scan_back(
         else:
             scores = tl.where(r >= c, scores, 0.0)
         scores = scores.to(DT)
-        to = leaving + ((piece + step // EVERY) * H + h) * V * K
-        ends = (step % EVERY == EVERY - 1) | (back == 0)
-        _put_rows(to, db, vv, (vv < V) & ends, K, kk, K, BK)
+        if (step % EVERY == EVERY - 1) | (back == 0):
+            to = leaving + ((piece + step // EVERY) * H + h) * V * K
+            _put_rows(to, d, vv, vv < V, K, kk, K, BK)
+        db = d.to(DT)
         dz = _dot(db, tl.trans(x), None, PRECISION)
-        d_read = dot
+        d_read, decay = dot, 1.0
         if GATED:
             dz *= tl.exp2(tl.minimum(last - b, 0.0))[None, :]
             reads = tl.exp2(b)[None, :]
             d_read = (dot * reads).to(DT)
-            d *= tl.exp2(last)
+            decay = tl.exp2(last)
         dz = _dot(dot, scores, dz, PRECISION)
-        d = _dot(d_read, y, d, PRECISION)
         dz = _dot((dz * beta[None, :]).to(DT), gs, dz, PRECISION)
         _put_columns(zs + (at * H + h) * V, dz, i, ok, H * V, vv, V, WIDE)
         dz *= -beta[None, :]
         if GATED:
             dz *= reads
-        d = _dot(dz.to(DT), x, d, PRECISION)
-        db = d.to(DT)
+        more = _dot(d_read, y, None, PRECISION)
+        d = tl.fma(d, decay, _dot(dz.to(DT), x, more, PRECISION))
     _put_columns(d_state + (row * H + h) * K * V, d, kk, every, V, vv, V, WIDE)
+
+
+@triton.jit(do_not_specialize=["N"])
+def scan(
+    q, k, v, g, factors, state, o, final, starts, N,
+    H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
+    BV: tl.constexpr, C: tl.constexpr, STEPS: tl.constexpr, GATED: tl.constexpr,
+    ENTERS: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Outputs and final states."""
+    _forth(
+        tl.program_id(0).to(tl.int64), q, k, v, g, factors, state, o, o, o, final, starts, starts,
+        N, H, HK, K, V, BK, BV, C, STEPS, GATED, ENTERS, True, False, 1, DT, PRECISION,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["N"])
+def passes(
+    q, k, v, g, factors, state, do, d_final, e, states, zs, leaving, d_state, starts, first, N,
+    H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
+    BV: tl.constexpr, C: tl.constexpr, STEPS: tl.constexpr, GATED: tl.constexpr,
+    ENTERS: tl.constexpr, ENDS: tl.constexpr, EVERY: tl.constexpr, ROLE: tl.constexpr,
+    DT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Both scans of the backward: they need nothing of each other, and each alone may leave
+    multiprocessors idle. ROLE: both (2), or only that forward (0) or backward (1) in time.
+    """
+    pid = tl.program_id(0).to(tl.int64)
+    role = ROLE
+    if ROLE == 2:
+        role = (pid % 2).to(tl.int32)
+        pid = pid // 2
+    if role == 0:
+        _forth(
+            pid, q, k, v, g, factors, state, e, e, states, e, starts, first, N, H, HK, K, V,
+            BK, BV, C, STEPS, GATED, ENTERS, False, True, EVERY, DT, PRECISION,
+        )  # fmt: skip
+    else:
+        _back(
+            pid, q, k, g, factors, do, d_final, zs, leaving, d_state, starts, first, N, H, HK,
+            K, V, BK, BV, C, STEPS, GATED, ENDS, EVERY, DT, PRECISION,
+        )  # fmt: skip
 
 
 @triton.jit
 def _put_decay(to, db, i, ok, H, STEPS: tl.constexpr):
     """The gradient of log_a from that of the sums b: it enters the sums of all later rows."""
-    da = tl.sum(tl.where(i[:, None] >= i[None, :], db[:, None], 0.0), 0)
+    da = tl.cumsum(db, 0, reverse=True)
     if STEPS > 1:
         ok = ok & (i % STEPS == 0)
         i = i // STEPS
@@ -351,7 +409,6 @@ def _by_queries(
         h = hk * (H // HK) + group
         ds = tl.zeros([C, C], tl.float32)
         part = tl.zeros([C, BK], tl.float32)
-        product = tl.zeros([BV], tl.float32)
         for v0 in range(0, V, BV):
             vv = v0 + tl.arange(0, BV)
             d = _rows(do + (token * H + h) * V, iq, okq, H * V, vv, V, WIDE).to(DT)
@@ -359,7 +416,11 @@ def _by_queries(
             s = _rows(states + (piece * H + h) * V * K, vv, vv < V, K, kk, K, WIDE_K)
             ds = _dot(d, tl.trans(w), ds, PRECISION)
             part = _dot(d, s, part, PRECISION)
-            if GATED:
+        if GATED:
+            product = tl.zeros([BV], tl.float32)
+            for v0 in range(0, V, BV):
+                vv = v0 + tl.arange(0, BV)
+                s = _rows(states + (piece * H + h) * V * K, vv, vv < V, K, kk, K, WIDE_K)
                 end = _rows(leaving + (piece * H + h) * V * K, vv, vv < V, K, kk, K, WIDE_K)
                 product += tl.sum(s.to(tl.float32) * end.to(tl.float32), 1)
         by = factors + h * N + begin
@@ -411,15 +472,24 @@ def _by_keys(
         m = tl.zeros([C, C], tl.float32)
         turned = tl.zeros([C, C], tl.float32)
         ds = tl.zeros([C, C], tl.float32)
+        asked = tl.zeros([C, BK], tl.float32)
+        sent = tl.zeros([C, BK], tl.float32)
         for v0 in range(0, V, BV):
             vv = v0 + tl.arange(0, BV)
             u = _rows(zs + (begin * H + h) * V, i, ok, H * V, vv, V, WIDE)
             w = _rows(e + (begin * H + h) * V, i, ok, H * V, vv, V, WIDE)
             d = _rows(do + (token * H + h) * V, iq, okq, H * V, vv, V, WIDE).to(DT)
+            s = _rows(states + (piece * H + h) * V * K, vv, vv < V, K, kk, K, WIDE_K)
+            end = _rows(leaving + (piece * H + h) * V * K, vv, vv < V, K, kk, K, WIDE_K)
             m = _dot(u, tl.trans(w), m, PRECISION)
             turned = _dot(w, tl.trans(u), turned, PRECISION)
             ds = _dot(w, tl.trans(d), ds, PRECISION)
-            if tile == 0:
+            asked = _dot(u, s, asked, PRECISION)
+            sent = _dot(w, end, sent, PRECISION)
+        if tile == 0:
+            for v0 in range(0, V, BV):
+                vv = v0 + tl.arange(0, BV)
+                u = _rows(zs + (begin * H + h) * V, i, ok, H * V, vv, V, WIDE)
                 given = u.to(tl.float32) * beta[:, None]
                 _put_rows(dv + (begin * H + h) * V, given, i, ok, H * V, vv, V, WIDE)
         if tile == 0:
@@ -443,35 +513,19 @@ def _by_keys(
         dx = _dot(rounded, x, dx, PRECISION)
         dx = _dot(turned.to(DT), x, dx, PRECISION)
         dx = _dot(ds.to(DT), y, dx, PRECISION)
-
-        part = tl.zeros([C, BK], tl.float32)
-        for v0 in range(0, V, BV):
-            vv = v0 + tl.arange(0, BV)
-            u = _rows(zs + (begin * H + h) * V, i, ok, H * V, vv, V, WIDE)
-            s = _rows(states + (piece * H + h) * V * K, vv, vv < V, K, kk, K, WIDE_K)
-            part = _dot(u, s, part, PRECISION)
-        part *= -beta[:, None]
+        asked *= -beta[:, None]
+        sent *= beta[:, None]
         if GATED:
-            part *= tl.exp2(b)[:, None]
-            db += 2 * tl.sum(part * x.to(tl.float32), 1)
-        dx += part
-
-        part = tl.zeros([C, BK], tl.float32)
-        for v0 in range(0, V, BV):
-            vv = v0 + tl.arange(0, BV)
-            w = _rows(e + (begin * H + h) * V, i, ok, H * V, vv, V, WIDE)
-            d = _rows(leaving + (piece * H + h) * V * K, vv, vv < V, K, kk, K, WIDE_K)
-            part = _dot(w, d, part, PRECISION)
-        part *= beta[:, None]
-        if GATED:
-            part *= tl.exp2(tl.minimum(last - b, 0.0))[:, None]
-        dx += part
+            asked *= tl.exp2(b)[:, None]
+            sent *= tl.exp2(tl.minimum(last - b, 0.0))[:, None]
+        dx += asked + sent
         if GATED:
             # b enters terms of k.dk with a minus, but L and what a key asks, at its own row, with
             # a plus; what the keys write into the state that leaves comes back at the last row.
-            sent = tl.sum(part * x.to(tl.float32), 1)
-            total = tl.sum(dx * x.to(tl.float32), 1)
-            db += tl.where(i == C - 1, tl.sum(sent, 0), 0.0) - (total - before)
+            x = x.to(tl.float32)
+            db += 2 * tl.sum(asked * x, 1)
+            total = tl.sum(dx * x, 1)
+            db += tl.where(i == C - 1, tl.sum(tl.sum(sent * x, 1), 0), 0.0) - (total - before)
             before = total
             to = d_log_a + ((tile * 2 + 1) * (N // STEPS) + token) * H + h
             _put_decay(to, db, i, ok, H, STEPS)

@@ -14,7 +14,7 @@ from longscan.ops._packed import pieces, starts
 
 
 class Launch(NamedTuple):
-    """Columns of v at once, warps, stages of the pipeline; for the gradients also columns of k."""
+    """Columns of v at once (`solve`: rows by substitution), warps, stages; columns of k at once."""
 
     tile: int
     warps: int
@@ -25,6 +25,8 @@ class Launch(NamedTuple):
 class Launches(NamedTuple):
     """Rows of a chunk, chunks (1 or 2) of a piece, precision of the merges in `solve`; launches.
 
+    together: whether both scans of the backward are one launch.
+
     The backward keeps states between pieces, and takes the gradients of a piece at once.
     """
 
@@ -33,24 +35,21 @@ class Launches(NamedTuple):
     merge: str
     solve: Launch
     scan: Launch
-    states: Launch
-    back: Launch
+    passes: Launch
     gradients: Launch
+    together: bool = True
 
 
 # (K up to, V up to, whether in bfloat16) -> launches; compiled for an H100 without heavy spills.
 LAUNCHES = {
     (128, 256, True): Launches(
-        32, 2, "tf32", Launch(0, 2, 1), Launch(64, 4, 3), Launch(64, 4, 3), Launch(64, 4, 3),
-        Launch(64, 4, 3, 64),
+        32, 2, "tf32", Launch(16, 1, 1), Launch(64, 4, 3), Launch(64, 4, 3), Launch(32, 4, 3, 64)
     ),
     (256, 256, True): Launches(
-        32, 2, "tf32", Launch(0, 2, 1), Launch(32, 4, 2), Launch(32, 4, 2), Launch(32, 8, 2),
-        Launch(64, 4, 3, 64),
+        32, 2, "tf32", Launch(16, 1, 1), Launch(32, 4, 2), Launch(32, 8, 2), Launch(32, 4, 3, 64)
     ),
     (256, 256, False): Launches(
-        32, 1, "tf32x3", Launch(0, 4, 1), Launch(32, 4, 1), Launch(32, 4, 1), Launch(32, 4, 1),
-        Launch(32, 4, 1, 32),
+        32, 1, "ieee", Launch(16, 4, 1), Launch(32, 4, 1), Launch(32, 4, 1), Launch(32, 4, 1, 32)
     ),
 }  # fmt: skip
 
@@ -175,10 +174,10 @@ def _options(launch: Launch) -> dict[str, int]:
     return {"num_warps": launch.warps, "num_stages": launch.stages}
 
 
-def _columns(case: _Case, d_value: int, launch: Launch) -> tuple[int, int]:
-    """Columns of v at once in a scan, and the number of programs."""
+def _columns(case: _Case, d_value: int, launch: Launch, scans: int = 1) -> tuple[int, int]:
+    """Columns of v at once in `scans` scans, and the number of programs of each."""
     rows, tile = (case.starts.shape[0] - 1) * case.heads, min(_padded(d_value), launch.tile)
-    while tile > 32 and rows * -(-d_value // tile) <= FEW:
+    while tile > 32 and scans * rows * -(-d_value // tile) <= FEW:
         tile //= 2
     return tile, rows * -(-d_value // tile)
 
@@ -186,34 +185,35 @@ def _columns(case: _Case, d_value: int, launch: Launch) -> tuple[int, int]:
 def _solve(case: _Case, k, beta, log_a, g, factors, launch: Launch) -> None:
     _kernels().solve[(case.chunks.shape[0] * case.heads,)](
         k, beta, beta if log_a is None else log_a, g, factors, case.chunks, case.rows,
-        MERGE=case.launch.merge, BLOCK=8 if g.dtype is torch.bfloat16 else 16,
+        MERGE=case.launch.merge, BLOCK=launch.tile,
         **case.common, **_options(launch),
     )  # fmt: skip
 
 
-def _scan(case: _Case, q, k, v, g, factors, state, o, e, states, final, launch: Launch) -> None:
-    """The forward kernel: outputs (o, final), or errors and states (e, states)."""
+def _scan(case: _Case, q, k, v, g, factors, state, o, final, launch: Launch) -> None:
     d_value = v.shape[-1]
     tile, programs = _columns(case, d_value, launch)
-    given = [k if x is None else x for x in (state, o, e, states, final)]  # k is not touched
     _kernels().scan[(programs,)](
-        q, k, v, g, factors, *given, case.starts, case.first, case.rows,
-        V=d_value, BV=tile, ENTERS=state is not None, READ=o is not None, KEEP=e is not None,
-        EVERY=case.launch.every,
-        **case.common, **_options(launch),
+        q, k, v, g, factors, k if state is None else state, o, final, case.starts, case.rows,
+        V=d_value, BV=tile, ENTERS=state is not None, **case.common, **_options(launch),
     )  # fmt: skip
 
 
-def _scan_back(
-    case: _Case, q, k, g, factors, do, d_final, zs, leaving, d_state, launch: Launch
-) -> None:
-    d_value = do.shape[-1]
-    tile, programs = _columns(case, d_value, launch)
-    _kernels().scan_back[(programs,)](
-        q, k, g, factors, do, q if d_final is None else d_final, zs, leaving, d_state,
-        case.starts, case.first, case.rows, V=d_value, BV=tile, ENTERS=d_final is not None,
-        EVERY=case.launch.every, **case.common, **_options(launch),
-    )  # fmt: skip
+def _passes(
+    case: _Case, q, k, v, g, factors, state, do, d_final, e, states, zs, leaving, d_state,
+    launch: Launch, roles: tuple[int, ...],
+) -> None:  # fmt: skip
+    """Both scans of the backward: roles (2,) in one launch, (0, 1) one after the other."""
+    d_value = v.shape[-1]
+    for role in roles:
+        tile, programs = _columns(case, d_value, launch, 2 if role == 2 else 1)
+        _kernels().passes[(programs * (2 if role == 2 else 1),)](
+            q, k, v, g, factors, k if state is None else state, do,
+            k if d_final is None else d_final, e, states, zs, leaving, d_state, case.starts,
+            case.first, case.rows, V=d_value, BV=tile, ENTERS=state is not None,
+            ENDS=d_final is not None, EVERY=case.launch.every, ROLE=role,
+            **case.common, **_options(launch),
+        )  # fmt: skip
 
 
 def _last(case: _Case, q, k, beta, factors, do, e, zs, states, leaving, log_a, launch: Launch):
@@ -255,7 +255,7 @@ def _forward(
     o, final, g, factors = _fake(q, k, v, beta, log_a, state, cu_seqlens)
     launch = case.launch
     _solve(case, k, beta, log_a, g, factors, launch.solve)
-    _scan(case, q, k, v, g, factors, state, o, None, None, final, launch.scan)
+    _scan(case, q, k, v, g, factors, state, o, final, launch.scan)
     return o, final, g, factors
 
 
@@ -298,8 +298,10 @@ def _backward(
     states = e.new_empty(case.table.shape[0], case.heads, d_value, d_key)
     leaving = torch.empty_like(states)
     d_state = factors.new_empty(case.starts.shape[0] - 1, case.heads, d_key, d_value)
-    _scan(case, q, k, v, g, factors, state, None, e, states, None, launch.states)
-    _scan_back(case, q, k, g, factors, do, d_final, zs, leaving, d_state, launch.back)
+    _passes(
+        case, q, k, v, g, factors, state, do, d_final, e, states, zs, leaving, d_state,
+        launch.passes, (2,) if launch.together else (0, 1),
+    )  # fmt: skip
     dq, dk, dv, d_beta, parts = _last(
         case, q, k, beta, factors, do, e, zs, states, leaving, log_a, launch.gradients
     )
