@@ -13,11 +13,14 @@ from torch import Tensor
 from longscan.language.rows import in_eval_mode, pack
 from longscan.language.sampling import Sampling
 from longscan.language.tokenizer import Tokenizer
+from longscan.models.graphed import GraphedStep, graphed
 from longscan.models.language_model import LanguageModel
 from longscan.state import State
 
 # Tokens of prompts that go through the model in one call.
 SEGMENT = 4096
+# Tokens from which on a CUDA graph is worth capturing: that takes the time of about five.
+GRAPH_FROM = 16
 
 
 @torch.inference_mode()
@@ -72,6 +75,9 @@ class TokenStream(Iterator[list[int | None]]):
 
     rows: the prompts still being continued; state: theirs, one row each, after all tokens but the
     last one given out.
+    On CUDA the steps are replayed from graphs where the model allows it (see
+    `models.graphed.graphed`): not with attention, whose cache grows. Prompts that are over stay
+    in the graph, unread, until half of its rows are.
     """
 
     def __init__(
@@ -96,7 +102,10 @@ class TokenStream(Iterator[list[int | None]]):
             random.Random(None if seed is None else f"{seed} {i}") for i in range(self.total)
         ]
         self._last: list[int] = []
-        self._logits, self.state = prefill(model, prompts, state, segment=segment)
+        self._logits, self._state = prefill(model, prompts, state, segment=segment)
+        self._graph: GraphedStep | None = None
+        self._places = self.rows
+        self._may_graph = True
         self._seen: Tensor | None = None
         if sampling.repetition_penalty != 1:
             self._seen = torch.zeros_like(self._logits, dtype=torch.bool)
@@ -124,19 +133,43 @@ class TokenStream(Iterator[list[int | None]]):
             self._drop([j for j, token in enumerate(self._last) if token != self.eod])
         return out
 
+    @property
+    def state(self) -> State:
+        if self._graph is None:
+            return self._state
+        return self._graph.state.select(self._places)
+
     def _advance(self) -> None:
-        ids = torch.tensor(self._last, device=self._logits.device)[:, None]
         with in_eval_mode(self.model):
-            logits, self.state = self.model(ids, self.state)
-        self._logits = logits[:, 0]
+            if self._graph is None and self._may_graph and self.left >= GRAPH_FROM:
+                self._graph = graphed(self.model, self._state)
+                self._may_graph = self._graph is not None
+                self._state = State() if self._may_graph else self._state
+                self._places = list(range(len(self.rows)))
+            if self._graph is None:
+                ids = torch.tensor(self._last, device=self._logits.device)[:, None]
+                logits, self._state = self.model(ids, self._state)
+                self._logits = logits[:, 0]
+                return
+        ids = torch.zeros(self._graph.rows, 1, dtype=torch.long)
+        ids[self._places, 0] = torch.tensor(self._last)
+        logits = self._graph(ids)[:, 0]
+        whole = len(self._places) == self._graph.rows
+        self._logits = logits if whole else logits[self._places]
 
     def _drop(self, keep: list[int]) -> None:
         self.rows = [self.rows[j] for j in keep]
         self._last = [self._last[j] for j in keep]
-        if keep:
-            self.state = self.state.select(keep)
-            if self._seen is not None:
-                self._seen = self._seen[keep]
+        if not keep:
+            return
+        if self._seen is not None:
+            self._seen = self._seen[keep]
+        if self._graph is None:
+            self._state = self._state.select(keep)
+            return
+        self._places = [self._places[j] for j in keep]
+        if 2 * len(keep) <= self._graph.rows:
+            self._state, self._graph = self.state, None
 
 
 def generate_ids(

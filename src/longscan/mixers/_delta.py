@@ -13,6 +13,7 @@ from longscan.mixers._parts import init_a_log_, init_dt_bias_, softplus_gate
 from longscan.ops._check import widen
 from longscan.ops.delta import delta
 from longscan.ops.norm import l2_norm
+from longscan.ops.step import Decay, Delta
 from longscan.state import State
 
 
@@ -75,6 +76,23 @@ class DeltaMixer(HeadMixer):
         if self.A_log is None or self.dt_bias is None:
             return None
         return softplus_gate(extras[1], self.A_log, self.dt_bias)
+
+    def step_decay(self, extras: list[Tensor]) -> Decay | None:
+        """`log_decay` for `ops.step`."""
+        if self.A_log is None or self.dt_bias is None:
+            return None
+        return Decay("softplus", extras[1], self.A_log, self.dt_bias)
+
+    def step_options(self, extras: list[Tensor], state: State) -> dict[str, Any] | None:
+        if self.steps > 1:
+            return None
+        return {
+            "silu": True,
+            "unit": True,
+            "q_scale": self.d_key**-0.5,
+            "decay": self.step_decay(extras),
+            "rule": Delta(extras[0], self.beta_max),
+        }
 
     def recur(
         self,

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from longscan.mixers._parts import RMSNorm, ShortConv
+from longscan.mixers._parts import RMSNorm, ShortConv, norm_runs
 from longscan.mixers.base import Mixer
 from longscan.ops._check import compute_dtype
+from longscan.ops._norm_fused import norm_fused
 from longscan.ops.norm import gated_rms_norm
+from longscan.ops.step import Conv, is_token, step
 from longscan.state import State
 
 GATES: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "sigmoid": F.sigmoid}
@@ -74,7 +77,7 @@ class HeadMixer(Mixer):
         self.gate_proj = (
             nn.Linear(gate_rank, values, bias=gate_bias) if gate and gate_rank else None
         )
-        self._gate = None if gate is None else GATES[gate]
+        self._gate = gate
         self.norm = None if norm_eps is None else RMSNorm(d_value, norm_eps)
         self.out_proj = nn.Linear(values, d_model, bias=False)
 
@@ -128,6 +131,38 @@ class HeadMixer(Mixer):
         """
         raise NotImplementedError(f"{type(self).__name__} is abstract")
 
+    def step_options(self, extras: list[Tensor], state: State) -> dict[str, Any] | None:
+        """What `ops.step.step` is told to do the recurrence of one token, beside the convolution;
+        None where it cannot. Shapes: extras [B, n]."""
+        return None
+
+    def _step(
+        self, qkv: Tensor, state: State, options: dict[str, Any]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """What `recur` returns, and the window, for one token. qkv [B, channels]."""
+        q, k, v = qkv.split(self._qkv, -1)
+        conv = None
+        if self.conv1d is not None:
+            at = (0, self._qkv[0], self._qkv[0] + self._qkv[1])
+            conv = Conv(state.tensor("conv"), self.conv1d.weight, self.conv1d.bias, at)
+        done = step(
+            self._heads(q, self.d_key), self._heads(k, self.d_key), self._heads(v, self.d_value),
+            state.tensor("s"), conv=conv, **options,
+        )  # fmt: skip
+        carried = {} if done.window is None else {"conv": done.window}
+        return done.o.unsqueeze(1), {**carried, "s": done.s}
+
+    def _gated_norm(self, o: Tensor, g: Tensor) -> Tensor:
+        """The norm of each head times its gate; one kernel where there is one."""
+        assert self.norm is not None
+        if self._gate is None:
+            return self.norm(o)
+        g = self._heads(g if self.gate_proj is None else self.gate_proj(g), self.d_value)
+        weight, eps = self.norm.weight, self.norm.eps
+        if norm_runs(o, weight, g):
+            return norm_fused(o, weight, g, eps=eps, activation=self._gate)
+        return gated_rms_norm(o, GATES[self._gate](g), weight, eps)
+
     def _heads(self, x: Tensor, d: int) -> Tensor:
         return x.unflatten(-1, (-1, d))
 
@@ -141,6 +176,11 @@ class HeadMixer(Mixer):
     ) -> tuple[Tensor, State]:
         self._check_input(x)
         qkv, g, *extras = self.in_proj(x).split(self._split, -1)
+        if state is not None and is_token(qkv, state, cu_seqlens):
+            options = self.step_options([e[:, 0] for e in extras], state)
+            if options is not None:
+                o, after = self._step(qkv[:, 0], state, options)
+                return self._project(o, g, x), State(after)
         carried: dict[str, Tensor] = {}
         if self.conv1d is not None:
             window = None if state is None else state.tensor("conv")
@@ -157,10 +197,8 @@ class HeadMixer(Mixer):
             state,
             cu_seqlens,
         )
-        if self._gate is not None and self.norm is not None:
-            gate = self._gate(g if self.gate_proj is None else self.gate_proj(g))
-            gate = self._heads(gate, self.d_value)
-            o = gated_rms_norm(o, gate, self.norm.weight, self.norm.eps)
-        elif self.norm is not None:
-            o = self.norm(o)
-        return self.out_proj(o.flatten(-2).to(x.dtype)), State(carried, **recurrent)
+        return self._project(o, g, x), State(carried, **recurrent)
+
+    def _project(self, o: Tensor, g: Tensor, x: Tensor) -> Tensor:
+        o = o if self.norm is None else self._gated_norm(o, g)
+        return self.out_proj(o.flatten(-2).to(x.dtype))

@@ -9,9 +9,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from longscan.ops._conv_fused import conv_fits, conv_fused
+from longscan.ops._norm_fused import norm_fits
 from longscan.ops.conv import conv
 from longscan.ops.dispatch import by_kernel
 from longscan.ops.norm import rms_norm
+from longscan.ops.step import is_token, window_step
 
 
 class RMSNorm(nn.Module):
@@ -71,8 +73,11 @@ class ShortConv(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """SiLU of the convolution, by one kernel where there is one."""
         weight, bias = self._taps(x)
-        proved = x.dtype is torch.bfloat16
-        if by_kernel("conv", x, lambda: conv_fits(x, weight, bias), proved):
+        if state is not None and is_token(x, state, cu_seqlens):
+            done = window_step(x[:, 0], weight, bias, state, silu=True)
+            if done is not None:
+                return done[0].unsqueeze(1), done[1]
+        if by_kernel("conv", x, lambda: conv_fits(x, weight, bias)):
             return conv_fused(x, weight, bias, state=state, cu_seqlens=cu_seqlens, silu=True)
         y, window = conv(x, weight, bias, state=state, cu_seqlens=cu_seqlens)
         return F.silu(y), window
@@ -81,6 +86,13 @@ class ShortConv(nn.Module):
         """Under autocast a projection may hand over bfloat16 while the taps are float32."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return self.weight.squeeze(1).to(x.dtype), bias
+
+
+def norm_runs(x: Tensor, weight: Tensor, gate: Tensor) -> bool:
+    """Whether a kernel norms x and gates it in one pass: `ops._norm_fused.norm_fused`."""
+    return not torch.compiler.is_compiling() and by_kernel(
+        "norm", x, lambda: norm_fits(x, weight, gate)
+    )
 
 
 def softplus_inverse(y: Tensor) -> Tensor:

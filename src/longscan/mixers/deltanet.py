@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from longscan.mixers._delta import DeltaMixer
+from longscan.state import State
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -67,6 +69,10 @@ class DeltaNet(DeltaMixer):
         self.qk_activation, self.qk_norm = qk_activation, qk_norm
         self.silu_behind_conv = qk_activation == "silu"
         self.reset_parameters()
+
+    def step_options(self, extras: list[Tensor], state: State) -> dict[str, Any] | None:
+        usual = self.qk_activation == "silu" and self.qk_norm == "l2"
+        return super().step_options(extras, state) if usual else None
 
     def activate(self, qkv: Tensor) -> Tensor:
         if self.qk_activation == "silu":

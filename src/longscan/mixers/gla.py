@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from longscan.mixers._heads import HeadMixer
 from longscan.ops._check import widen
 from longscan.ops.decay import decay
+from longscan.ops.step import Decay
 from longscan.state import State
 
 
@@ -63,6 +66,15 @@ class GatedLinearAttention(HeadMixer):
         self.gate_temperature, self.gate_floor = gate_temperature, gate_floor
         self.decay_proj = nn.Linear(gate_rank, n_kv_heads * d_key)
         self.reset_parameters()
+
+    def step_options(self, extras: list[Tensor], state: State) -> dict[str, Any]:
+        raw = self._heads(self.decay_proj(extras[0]), self.d_key)
+        low = -float("inf") if self.gate_floor is None else self.gate_floor
+        return {
+            "silu": self.conv1d is not None,
+            "q_scale": self.d_key**-0.5,
+            "decay": Decay("logsigmoid", raw, factor=1 / self.gate_temperature, low=low),
+        }
 
     def recur(
         self,

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from longscan.mixers._delta import DeltaMixer
 from longscan.mixers._parts import softplus_gate
 from longscan.ops._check import widen
+from longscan.ops.step import Decay
 
 
 class KimiDeltaAttention(DeltaMixer):
@@ -76,6 +77,11 @@ class KimiDeltaAttention(DeltaMixer):
         super().reset_parameters()
         if self.gate_floor is not None and self.A_log is not None:
             nn.init.zeros_(self.A_log)
+
+    def step_decay(self, extras: list[Tensor]) -> Decay:
+        raw, floor = self._heads(self.decay_proj(extras[1]), self.d_key), self.gate_floor
+        kind, factor = ("softplus", 1.0) if floor is None else ("bounded", floor)
+        return Decay(kind, raw, self.A_log, self.dt_bias, factor)
 
     def log_decay(self, extras: list[Tensor]) -> Tensor:
         assert self.A_log is not None

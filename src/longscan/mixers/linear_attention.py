@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -53,6 +55,11 @@ class LinearAttention(HeadMixer):
     def init_state(self, batch: int) -> State:
         state = super().init_state(batch)
         return State(state, s=F.pad(state.tensor("s"), (0, 1)))
+
+    def step_options(self, extras: list[Tensor], state: State) -> dict[str, Any]:
+        return {
+            "silu": self.conv1d is not None, "feature": True, "divide": True, "eps": self.eps
+        }  # fmt: skip
 
     def recur(
         self,

@@ -12,10 +12,12 @@ from longscan.mixers._parts import ShortConv, init_dt_bias_
 from longscan.mixers.base import Mixer
 from longscan.ops._check import compute_dtype
 from longscan.ops._selective_fused import selective_fits, selective_fused
+from longscan.ops._step_fused import scan_fits, scan_fused
 from longscan.ops.conv import conv_step
 from longscan.ops.dispatch import backend_of, by_kernel
 from longscan.ops.norm import rms_norm
 from longscan.ops.selective import selective, selective_step
+from longscan.ops.step import is_token, window_step
 from longscan.state import State
 
 
@@ -143,17 +145,26 @@ class Mamba(Mixer):
         """One token: the same maths without the checks and layouts of whole sequences, which
         would cost more than the token itself."""
         u, z = self.in_proj(x[:, 0]).chunk(2, -1)
-        taps, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
-        u, window = conv_step(u, taps, bias, state.tensor("conv"))
-        u = F.silu(u)
+        taps, bias, window = self.conv1d.weight.squeeze(1), self.conv1d.bias, state.tensor("conv")
+        kernels = is_token(x, state, None)
+        done = window_step(u, taps, bias, window, silu=True) if kernels else None
+        if done is None:
+            u, window = conv_step(u, taps, bias, window)
+            u = F.silu(u)
+        else:
+            u, window = done
         r, b, c = self.x_proj(u).split(self._split, -1)
         if self.bcdt_norm_eps is not None:
             r, b, c = (rms_norm(t, None, self.bcdt_norm_eps) for t in (r, b, c))
+        h, p = state.tensor("ssm"), self.dt_proj
+        if kernels and scan_fits(u, p.bias, self.A_log, b, self.D, z, state=h):
+            raw = F.linear(r, p.weight)
+            y, h = scan_fused(u, raw, p.bias, self.A_log, b, c, self.D, z, h)
+            return self.out_proj(y).unsqueeze(1), State(conv=window, ssm=h)
         dt = F.softplus(self.dt_proj(r))
         wide = dt.dtype
         y, h = selective_step(
-            u.to(wide), dt, -self.A_log.exp(), b.to(wide).unsqueeze(1), c.to(wide).unsqueeze(1),
-            state.tensor("ssm"),
+            u.to(wide), dt, -self.A_log.exp(), b.to(wide).unsqueeze(1), c.to(wide).unsqueeze(1), h,
         )  # fmt: skip
         y = torch.addcmul(y, u, self.D) * F.silu(z)
         return self.out_proj(y.to(z.dtype)).unsqueeze(1), State(conv=window, ssm=h)

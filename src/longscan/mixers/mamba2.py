@@ -8,11 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from longscan.mixers._parts import RMSNorm, ShortConv, init_a_log_, init_dt_bias_
+from longscan.mixers._parts import RMSNorm, ShortConv, init_a_log_, init_dt_bias_, norm_runs
 from longscan.mixers.base import Mixer
 from longscan.ops._check import compute_dtype
+from longscan.ops._norm_fused import norm_fused
 from longscan.ops.decay import decay
 from longscan.ops.norm import head_rms_norm
+from longscan.ops.step import Conv, Decay, is_token, step
 from longscan.state import State
 
 
@@ -110,6 +112,9 @@ class Mamba2(Mixer):
     ) -> tuple[Tensor, State]:
         self._check_input(x)
         z0, x0, z, xbc, dt = self.in_proj(x).split(self._split, -1)
+        if state is not None and is_token(xbc, state, cu_seqlens):
+            y, after = self._step(xbc[:, 0], dt[:, 0], state)
+            return self._project(y, z, x0, z0, x), after
         window = None if state is None else state.tensor("conv")
         xbc, window = self.conv1d.activated(xbc, window, cu_seqlens)
         u, b, c = xbc.split(self._xbc, -1)
@@ -121,20 +126,50 @@ class Mamba2(Mixer):
         o, s = decay(
             c,
             b,
-            u * dt.unsqueeze(-1),
+            (u * dt.unsqueeze(-1)).to(u.dtype),  # dt is float32
             dt * -self.A_log.exp(),
             state=None if state is None else state.tensor("s"),
             cu_seqlens=cu_seqlens,
         )
-        y = torch.addcmul(o, u, self.D.view(self.n_heads, -1)).flatten(-2)
-        gate = F.silu(z)
-        if self.norm is None:
-            y = y * gate
-        elif self.norm_before_gate:
-            y = head_rms_norm(y, self.norm.weight, self.n_groups, self.norm_eps) * gate
+        y = torch.addcmul(o, u, self.D.view(self.n_heads, -1).to(u.dtype)).flatten(-2)
+        return self._project(y, z, x0, z0, x), State(conv=window, s=s)
+
+    def _step(self, xbc: Tensor, dt: Tensor, state: State) -> tuple[Tensor, State]:
+        """One token. xbc [B, channels]; dt [B, H]; y [B, 1, d_ssm]."""
+        u, b, c = xbc.split(self._xbc, -1)
+        low, high = self.dt_limit or (0.0, float("inf"))
+        ends = self.d_ssm, self.d_ssm + self._xbc[1]
+        done = step(
+            c.unflatten(-1, (self.n_groups, -1)),
+            b.unflatten(-1, (self.n_groups, -1)),
+            u.unflatten(-1, (self.n_heads, -1)),
+            state.tensor("s"),
+            conv=Conv(
+                state.tensor("conv"), self.conv1d.weight, self.conv1d.bias, (ends[1], ends[0], 0)
+            ),
+            silu=True,
+            decay=Decay("softplus", dt, self.A_log, self.dt_bias, low=low, high=high),
+            scale_by_dt=True,
+            skip=self.D,
+        )
+        assert done.window is not None
+        return done.o.flatten(1).unsqueeze(1), State(conv=done.window, s=done.s)
+
+    def _project(self, y: Tensor, z: Tensor, x0: Tensor, z0: Tensor, x: Tensor) -> Tensor:
+        """What follows the recurrence. Shapes: y, z [B, T, d_ssm]; out [B, T, d_model]."""
+        first = not self.norm_before_gate
+        weight = None if self.norm is None else self.norm.weight
+        if weight is not None and norm_runs(y, weight, z):
+            y = norm_fused(
+                y, weight, z, eps=self.norm_eps, n_groups=self.n_groups, activation="silu",
+                gate_first=first,
+            )  # fmt: skip
         else:
-            y = head_rms_norm(y * gate, self.norm.weight, self.n_groups, self.norm_eps)
+            y = y * F.silu(z) if weight is None or first else y
+            if weight is not None:
+                y = head_rms_norm(y, weight, self.n_groups, self.norm_eps)
+                y = y if first else y * F.silu(z)
         y = y.to(x.dtype)
         if x0.shape[-1]:
             y = torch.cat([F.silu(z0) * x0, y], -1)
-        return self.out_proj(y), State(conv=window, s=s)
+        return self.out_proj(y)

@@ -11,7 +11,29 @@ from longscan.mixers._parts import ShortConv
 from longscan.mixers.base import Mixer
 from longscan.ops._check import compute_dtype
 from longscan.ops.mlstm import mlstm
+from longscan.ops.step import Decay, Exponential, is_token, step
 from longscan.state import State
+
+
+def mlstm_token(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor,
+    f: Tensor,
+    state: State,
+    *,
+    q_scale: float = 1.0,
+    k_scale: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One token of `ops.mlstm` by `ops.step`: h, s, m. Shapes: as there with T = 1."""
+    q, k, v, i, f = (t[:, 0] for t in (q, k, v, i, f))
+    done = step(
+        q, k, v, state.tensor("s"), decay=Decay("logsigmoid", f),
+        rule=Exponential(i, state.tensor("m")), divide=True, q_scale=q_scale, k_scale=k_scale,
+    )  # fmt: skip
+    assert done.m is not None
+    return done.o.unsqueeze(1), done.s, done.m
 
 
 class MLSTM(Mixer):
@@ -103,14 +125,17 @@ class MLSTM(Mixer):
         gates = self.gate_proj(torch.cat([q, k, v], -1)).to(self.gate_bias.dtype) + self.gate_bias
         i, f = gates.chunk(2, -1)
         q, k, v = (t.unflatten(-1, (self.n_heads, self.d_head)) for t in (q, k, v))
-        h, (s, m) = mlstm(
-            q,
-            k * self.d_head**-0.5,
-            v,
-            i,
-            f,
-            state=None if state is None else (state.tensor("s"), state.tensor("m")),
-            cu_seqlens=cu_seqlens,
-        )
+        if state is not None and is_token(q, state, cu_seqlens):
+            h, s, m = mlstm_token(q, k, v, i, f, state, k_scale=self.d_head**-0.5)
+        else:
+            h, (s, m) = mlstm(
+                q,
+                k * self.d_head**-0.5,
+                v,
+                i,
+                f,
+                state=None if state is None else (state.tensor("s"), state.tensor("m")),
+                cu_seqlens=cu_seqlens,
+            )
         y = torch.addcmul(self.norm(h), self.skip, c) * F.silu(z)
         return self.out_proj(y.to(x.dtype)), State(conv=window, s=s, m=m)

@@ -7,8 +7,10 @@ from torch import Tensor, nn
 
 from longscan.mixers._blockdiag import HeadLayerNorm, small_init_
 from longscan.mixers.base import Mixer
+from longscan.mixers.mlstm import mlstm_token
 from longscan.ops._check import compute_dtype
 from longscan.ops.mlstm import mlstm
+from longscan.ops.step import is_token
 from longscan.state import State
 
 
@@ -87,13 +89,16 @@ class MLSTMLarge(Mixer):
         gates = gates.to(self.gate_bias.dtype) + self.gate_bias
         i, f = (self.gate_cap * (gates / self.gate_cap).tanh()).chunk(2, -1)
         q, k, v = (t.unflatten(-1, (self.n_heads, -1)) for t in (q, k, v))
-        h, (s, m) = mlstm(
-            q * self.d_key**-0.5,
-            k,
-            v,
-            i,
-            f,
-            state=None if state is None else (state.tensor("s"), state.tensor("m")),
-            cu_seqlens=cu_seqlens,
-        )
+        if state is not None and is_token(q, state, cu_seqlens):
+            h, s, m = mlstm_token(q, k, v, i, f, state, q_scale=self.d_key**-0.5)
+        else:
+            h, (s, m) = mlstm(
+                q * self.d_key**-0.5,
+                k,
+                v,
+                i,
+                f,
+                state=None if state is None else (state.tensor("s"), state.tensor("m")),
+                cu_seqlens=cu_seqlens,
+            )
         return self.out_proj((self.norm(h) * o.sigmoid()).to(x.dtype)), State(s=s, m=m)

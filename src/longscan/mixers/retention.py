@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -9,6 +11,7 @@ from longscan.mixers._heads import HeadMixer
 from longscan.ops._check import compute_dtype, widen
 from longscan.ops.decay import decay
 from longscan.ops.rotary import rotary, rotary_factors
+from longscan.ops.step import Decay, Rotary
 from longscan.state import State
 
 
@@ -55,6 +58,7 @@ class Retention(HeadMixer):
             norm_eps=norm_eps,
         )
         self.rope_theta = rope_theta
+        self._constants: tuple[Tensor, Tensor] | None = None
         self.reset_parameters()
 
     @property
@@ -72,6 +76,32 @@ class Retention(HeadMixer):
     def init_state(self, batch: int) -> State:
         length = torch.zeros(batch, dtype=torch.long, device=next(self.parameters()).device)
         return State(super().init_state(batch), length=length)
+
+    def _beside(self, s: Tensor) -> tuple[Tensor, Tensor]:
+        """Log decays and angles per token as s is, kept: a step must not wait for copies."""
+        kept = self._constants
+        if kept is None or kept[0].device != s.device or kept[0].dtype != s.dtype:
+            with torch.inference_mode(False), torch.no_grad():
+                steps = torch.arange(0, self.d_key, 2, device=s.device, dtype=s.dtype)
+                kept = self.log_decay.to(s), self.rope_theta ** (-steps / self.d_key)
+                self._constants = kept
+        return kept
+
+    def step_options(self, extras: list[Tensor], state: State) -> dict[str, Any]:
+        length = state.tensor("length")
+        decays, turns = self._beside(state.tensor("s"))
+        return {
+            "silu": self.conv1d is not None,
+            "rotary": Rotary(length, turns),
+            "q_scale": self.d_key**-0.5,
+            "decay": Decay("given", decays.expand(len(length), -1)),
+        }
+
+    def _step(
+        self, qkv: Tensor, state: State, options: dict[str, Any]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        o, carried = super()._step(qkv, state, options)
+        return o, {**carried, "length": state.tensor("length") + 1}
 
     def recur(
         self,

@@ -16,12 +16,14 @@ from longscan.ops._layout import check_cu_seqlens
 
 OPS = (
     "decay", "delta", "selective", "trapezoid", "lti", "mlstm", "slstm", "dplr", "wkv",
-    "memory", "slots", "vq", "attention", "conv", "norm", "loss",
+    "memory", "slots", "vq", "attention", "conv", "norm", "loss", "step",
 )  # fmt: skip
 BACKENDS = ("reference", "torch", "triton")
-KERNELS = ("memory", "decay", "delta", "selective", "mlstm", "conv", "norm", "loss")
+KERNELS = (
+    "memory", "decay", "delta", "selective", "mlstm", "slstm", "conv", "norm", "loss", "step",
+)  # fmt: skip
 """Ops with a Triton form."""
-PROVED = ("memory", "decay", "selective", "mlstm", "conv", "norm", "loss")
+PROVED = ("memory", "decay", "selective", "mlstm", "conv", "norm", "loss", "step")
 """Those whose Triton form runs by default on CUDA, in the cases that an op calls proved: every
 check on a GPU passed (docs/LOG.md). The others run when asked for."""
 
