@@ -1,18 +1,21 @@
-"""Results of `longscan bench gpu` as a table, a picture, and rows of bench/history.csv."""
+"""Results of `longscan bench gpu` as tables, a picture, and rows of bench/history.csv."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from longscan.bench.gpu_models import SIZES, SOFT
 from longscan.bench.gpu_rows import OPS, OURS
+from longscan.bench.gpu_targets import TARGETS, beside, find, floors, middle, verdicts
 from longscan.bench.measure import digits
 from longscan.bench.report import commit, markdown
 
 if TYPE_CHECKING:
-    from longscan.bench.gpu import Measured
+    from longscan.bench.gpu_measure import Measured
 
 
 def line(m: Measured) -> str:
@@ -20,31 +23,41 @@ def line(m: Measured) -> str:
     where = f"{m.op} / {m.side} B{m.batch} T{m.length}"
     if m.why:
         return f"{where}: {m.why}"
-    error = "" if m.error is None else f", error {m.error:.1e}"
-    return (
-        f"{where}: forward {digits(statistics.median(m.forward))} ms, with backward "
-        f"{digits(statistics.median(m.train))} ms, {m.mib:.0f} MiB, first {m.first:.1f} s{error}"
-    )
+    if m.op in SIZES:
+        return (
+            f"{where}: {digits(middle(m.train))} ms a step, {tokens_per_second(m):,.0f} tokens/s, "
+            f"{m.mib:.0f} MiB, in {m.more['pieces']} piece(s)"
+        )
+    if not m.forward:
+        return f"{where}: {m.first:.2f} s"
+    parts = [f"forward {digits(middle(m.forward))} ms"]
+    if m.train:
+        parts.append(f"with backward {digits(middle(m.train))} ms")
+    if m.graph[0]:
+        parts.append("as graphs " + " / ".join(digits(t) for t in m.graph if t))
+    parts.append(f"{m.mib:.0f} MiB")
+    if m.first:
+        parts.append(f"first {m.first:.1f} s")
+    if m.error is not None:
+        parts.append(f"error {m.error:.1e}")
+    return f"{where}: {', '.join(parts)}"
 
 
-def floors(m: Measured) -> tuple[float, float]:
-    """Milliseconds in which a copy would move the bytes that forward, and both, must move."""
-    speed = float(m.about.get("bandwidth") or "nan")
-    return m.bytes[0] / speed * 1e3, m.bytes[1] / speed * 1e3
-
-
-def find(results: Sequence[Measured], op: str, side: str, batch: int, length: int):
-    """The result of a row, if it has times."""
-    key = (op, side, batch, length)
-    found = [m for m in results if (m.op, m.side, m.batch, m.length) == key and m.forward]
-    return found[-1] if found else None
+def tables(results: Sequence[Measured]) -> str:
+    """All that there is to say, in markdown."""
+    ops = [m for m in results if m.op in OPS and m.side not in ("cold", "again")]
+    models = [m for m in results if m.op in SIZES]
+    colds = [m for m in results if m.side in ("cold", "again")]
+    parts = [table(ops) if ops else "", model_table(models) if models else ""]
+    parts += [cold_table(colds) if colds else "", target_table(results)]
+    return "\n\n".join(p for p in parts if p)
 
 
 def table(results: Sequence[Measured]) -> str:
-    """A markdown table: each row in floors, beside ours, and beside attention of equal tokens."""
+    """Each row in floors, beside ours, and beside attention of equal tokens."""
     head = [
-        "op", "side", "sizes", "B", "T", "fwd ms", "fwd+bwd ms", "floors", "", "/ ours", "",
-        "attention /", "", "MiB", "first s", "error",
+        "op", "side", "sizes", "B", "T", "fwd ms", "fwd+bwd ms", "graph fwd", "graph both",
+        "floors", "", "/ ours", "", "attention /", "", "MiB", "MiB / ours", "first s", "error",
     ]  # fmt: skip
     lines = []
     order = list(OPS)
@@ -52,107 +65,219 @@ def table(results: Sequence[Measured]) -> str:
         start = [m.op, m.side if m.op != "attention" else "cuDNN", OPS[m.op].sizes]
         start += [str(m.batch), str(m.length)]
         if not m.forward:
-            lines.append([*start, m.why, *[""] * (len(head) - 6)])
+            lines.append([*start, m.why[:60], *[""] * (len(head) - 6)])
             continue
-        times = [statistics.median(m.forward), statistics.median(m.train)]
+        times = [middle(m.forward), middle(m.train)]
         ours = find(results, m.op, OURS, m.batch, m.length)
-        soft = find(results, "attention", OURS, m.batch, m.length)
-        cells = [digits(t) for t in times]
-        cells += [digits(t / f) for t, f in zip(times, floors(m), strict=True)]
+        soft = None if OPS[m.op].step else find(results, "attention", OURS, m.batch, m.length)
+        cells = [number(t) for t in (*times, *m.graph)]
+        cells += [number(t / f) if f else "" for t, f in zip(times, floors(m), strict=True)]
         for other, upside in ((ours, False), (soft, True)):
             if other is None or other is m:
                 cells += ["", ""]
                 continue
-            beside = [statistics.median(other.forward), statistics.median(other.train)]
+            beside = [middle(other.forward), middle(other.train)]
             pairs = zip(times, beside, strict=True)
-            cells += [digits(b / a if upside else a / b) for a, b in pairs]
-        cells += [f"{m.mib:.0f}", digits(m.first), "" if m.error is None else f"{m.error:.1e}"]
+            cells += [number(b / a if upside else a / b) for a, b in pairs]
+        cells.append(f"{m.mib:.0f}")
+        cells.append(number(m.mib / ours.mib) if ours and ours is not m and ours.mib else "")
+        cells += [number(m.first), "" if m.error is None else f"{m.error:.1e}"]
         lines.append([*start, *cells])
     return markdown(head, lines)
 
 
+def number(x: float) -> str:
+    """Three digits; nothing for 0 and what is not a number."""
+    return digits(x) if x > 0 else ""
+
+
+def tokens_per_second(m: Measured) -> float:
+    """Of a model's training."""
+    return m.more["tokens"] / (middle(m.train) / 1e3)
+
+
+def model_table(results: Sequence[Measured]) -> str:
+    """Training of models; utilisation: the operations that a step needs, over those that a large
+    product would do in its time."""
+    head = [
+        "size", "mixer", "blocks", "parameters", "B", "T", "pieces", "compiled", "ms", "tokens/s",
+        "/ attention", "utilisation", "MiB", "attention by",
+    ]  # fmt: skip
+    lines = []
+    order = list(SIZES)
+    for m in sorted(
+        results, key=lambda m: (order.index(m.op), m.length, SOFT not in m.side, m.side)
+    ):
+        if not m.train:
+            blank = [""] * 8
+            lines.append(
+                [m.op, m.side, "", "", str(m.batch), str(m.length), *blank[1:], m.why[:90]]
+            )
+            continue
+        soft = beside(m, results)
+        ratio = middle(soft.train) / middle(m.train) if soft else 0.0
+        used = m.more["flops"] / (middle(m.train) / 1e3) / m.more["peak_flops"]
+        lines.append([
+            m.op, m.side, str(m.more["blocks"]), f"{m.more['parameters'] / 1e6:.0f} M",
+            str(m.batch), str(m.length), str(m.more["pieces"]),
+            "blocks" if m.more["compiled"] else "no", digits(middle(m.train)),
+            f"{tokens_per_second(m):,.0f}", number(ratio), number(used), f"{m.mib:.0f}",
+            m.more.get("attention", ""),
+        ])  # fmt: skip
+    return markdown(head, lines)
+
+
+def cold_table(results: Sequence[Measured]) -> str:
+    """Seconds of first calls, with nothing compiled and with all."""
+    names = list(dict.fromkeys(m.op for m in results))
+    by = {(m.op, m.side): m for m in results}
+    lines = []
+    for name in names:
+        cells = [by.get((name, side)) for side in ("cold", "again")]
+        lines.append([name, *("" if m is None else m.why or f"{m.first:.2f}" for m in cells)])
+    totals = [sum(m.first for m in results if m.side == side) for side in ("cold", "again")]
+    lines.append(["all", *(f"{t:.2f}" for t in totals)])
+    return markdown(["first call of", "nothing compiled, s", "in a new process, s"], lines)
+
+
+def target_table(results: Sequence[Measured]) -> str:
+    """Targets, and whether they are met."""
+    found = verdicts(results)
+    if not found:
+        return ""
+    lines = [
+        [v.what, v.quantity, digits(v.got), ("<= " if v.most else ">= ") + f"{v.asked:g}",
+         "met" if v.met else "NOT met", v.source]
+        for v in found
+    ]  # fmt: skip
+    met = sum(v.met for v in found)
+    head = ["ours / beside", "of", "got", "target", "", "beside measured in"]
+    return f"{markdown(head, lines)}\n\n{met} of {len(found)} targets met."
+
+
+# --- bench/history.csv ----------------------------------------------------------------------
+
+
 def history_rows(results: Sequence[Measured]) -> list[dict[str, str]]:
-    """Two flat records a result, forward and train; those of a peer hold ours beside it."""
-    rows = []
-    for m in results:
-        ours = None if m.op == "attention" else find(results, m.op, OURS, m.batch, m.length)
-        peer = None if m.side == OURS and m.op != "attention" else m
-        rows += [_record(m, ours, peer, mode, at) for at, mode in enumerate(("forward", "train"))]
-    return rows
+    """One flat record a result: times of forward with backward in the columns that all commands
+    have, those of forward beside; records of a peer hold ours as well. First calls are summed."""
+    cold = [m for m in results if m.side in ("cold", "again")]
+    totals = [
+        replace(ms[0], op="all", first=sum(m.first for m in ms))
+        for side in ("cold", "again")
+        if (ms := [m for m in cold if m.side == side])
+    ]
+    return [_record(m, results) for m in (*(m for m in results if m not in cold), *totals)]
 
 
-def _record(
-    m: Measured, ours: Measured | None, peer: Measured | None, mode: str, at: int
-) -> dict[str, str]:
-    def times(prefix: str, x: Measured | None) -> dict[str, str]:
-        ms = (x.forward, x.train)[at] if x is not None else []
-        if not ms:
-            return {f"{prefix}_ms": "", f"{prefix}_reps": "0"}
-        return {
-            f"{prefix}_ms": f"{statistics.median(ms):.5g}",
-            f"{prefix}_ms_min": f"{min(ms):.5g}",
-            f"{prefix}_ms_max": f"{max(ms):.5g}",
-            f"{prefix}_reps": str(len(ms)),
-        }
-
-    def mib(x: Measured | None) -> float:
-        return x.mib if x is not None and x.forward else 0.0
-
-    mine, theirs = times("ours", ours), times("peer", peer)
-    ratio = ""
-    if mine["ours_ms"] and theirs["peer_ms"]:
-        ratio = f"{float(theirs['peer_ms']) / float(mine['ours_ms']):.5g}"
-    name = "cudnn" if m.op == "attention" else m.side
-    about = {k: v for k, v in m.about.items() if k not in ("bandwidth", "peer")}
+def _record(m: Measured, results: Sequence[Measured]) -> dict[str, str]:
+    soft = (m.op in SIZES and m.side.startswith(SOFT)) or m.op == "attention"
+    if m.op in SIZES:
+        ours: Measured | None = None if soft else m
+        peer = beside(m, results)
+        name, mode = f"{m.op}-{m.side}", "train"
+        sizes = f"{m.more['parameters'] / 1e6:.0f}M" if m.train else ""
+    else:
+        single = m.side in (OURS, "cold", "again")
+        ours = m if single else find(results, m.op, OURS, m.batch, m.length)
+        peer = None if single else m
+        if soft:
+            ours, peer = None, m
+        name = m.op if single and not soft else f"{m.op}-{'cudnn' if soft else m.side}"
+        mode = m.side if m.side in ("cold", "again") else "train"
+        mode = "decode" if m.op in OPS and OPS[m.op].step else mode
+        sizes = OPS[m.op].sizes if m.op in OPS else ""
+    about = {k: v for k, v in m.about.items() if k not in ("bandwidth", "peer", "run")}
     if about and not about.get("commit"):
         about["commit"] = commit()
+    mine, theirs = _times("ours", ours), _times("peer", peer)
+    target = TARGETS.get((m.op, m.side))
+    ratio, forward = _ratio(mine, theirs, "ms"), _ratio(mine, theirs, "forward_ms")
+    mib = [f"{x.mib:.5g}" if x is not None and x.mib else "" for x in (ours, peer)]
+    floor = floors(m)
     return {
         **about,
-        "row": f"{m.op}-{name}" if peer is not None else m.op,
+        "row": name,
         "mode": mode,
-        "shape": f"B={m.batch} T={m.length} {OPS[m.op].sizes}",
+        "shape": f"B={m.batch} T={m.length} {sizes}".strip(),
         **mine,
         **theirs,
-        "ratio": ratio,
-        "ours_mib": f"{mib(ours):.5g}" if mib(ours) else "",
-        "peer_mib": f"{mib(peer):.5g}" if mib(peer) else "",
-        "memory_ratio": f"{mib(ours) / mib(peer):.5g}" if mib(ours) and mib(peer) else "",
+        "ratio": ratio or forward,
+        "target": f"{target.train:g}" if target and m.train else "",
+        "ours_mib": mib[0],
+        "peer_mib": mib[1],
+        "memory_ratio": f"{float(mib[0]) / float(mib[1]):.5g}" if all(mib) else "",
         "error": "" if m.error is None else f"{m.error:.5g}",
         "note": m.why,
-        "floor_ms": f"{floors(m)[at]:.5g}" if m.forward else "",
-        "first_s": f"{m.first:.4g}" if m.forward else "",
-        "peer_version": m.about.get("peer", "") if peer is not None else "",
+        "forward_ratio": forward,
+        "floor_ms": f"{floor[bool(m.train)]:.5g}" if m.forward else "",
+        "graph_ms": f"{m.graph[bool(m.train)]:.5g}" if m.graph[bool(m.train)] else "",
+        "first_s": f"{m.first:.4g}" if m.first else "",
+        "tokens_s": f"{tokens_per_second(m):.6g}" if m.op in SIZES and m.train else "",
+        "peer_version": m.about.get("peer", ""),
     }
 
 
+def _times(side: str, m: Measured | None) -> dict[str, str]:
+    ms = (m.train or m.forward) if m is not None else []
+    if m is None or not ms:
+        return {f"{side}_ms": "", f"{side}_reps": "0", f"{side}_forward_ms": ""}
+    return {
+        f"{side}_ms": f"{statistics.median(ms):.5g}",
+        f"{side}_ms_min": f"{min(ms):.5g}",
+        f"{side}_ms_max": f"{max(ms):.5g}",
+        f"{side}_reps": str(len(ms)),
+        f"{side}_forward_ms": f"{statistics.median(m.forward):.5g}" if m.forward else "",
+    }
+
+
+def _ratio(mine: dict[str, str], theirs: dict[str, str], what: str) -> str:
+    a, b = mine[f"ours_{what}"], theirs[f"peer_{what}"]
+    return f"{float(b) / float(a):.5g}" if a and b else ""
+
+
+# --- a picture ------------------------------------------------------------------------------
+
+
 def plot(results: Sequence[Measured], path: Path) -> None:
-    """Time against length, forward and with backward; attention is drawn dashed."""
+    """Time against length, forward and with backward, by calls and as CUDA graphs (thin);
+    attention is drawn dashed, peers dotted."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.5))
+    figure = Figure(figsize=(12, 5.5))
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, 2)
-    for axis, what in zip(axes, ("forward", "train"), strict=True):
-        for op in OPS:
+    for at, (axis, what) in enumerate(zip(axes, ("forward", "train"), strict=True)):
+        lengths: set[int] = set()
+        for i, op in enumerate(o for o in OPS if not OPS[o].step):
             for side in [OURS, *OPS[op].peers]:
                 rows = [m for m in results if m.op == op and m.side == side and m.forward]
                 rows.sort(key=lambda m: m.length)
                 if len(rows) < 2:
                     continue
+                lengths |= {m.length for m in rows}
+                soft = op == "attention"
+                style = "--" if soft else ("-o" if side == OURS else ":x")
+                colour = "black" if soft else f"C{i % 10}"
+                label = "softmax attention (cuDNN)" if soft else f"{op}, {side}"
                 # Per token, as a row of 32768 tokens holds twice as many as the others.
-                each = [
-                    1e6 * statistics.median(getattr(m, what)) / (m.batch * m.length) for m in rows
-                ]
-                style = "k--" if op == "attention" else ("-o" if side == OURS else ":x")
-                label = "softmax attention (cuDNN)" if op == "attention" else f"{op}, {side}"
-                axis.plot([m.length for m in rows], each, style, label=label, markersize=4)
+                for thin in (False, True):
+                    ms = [m.graph[at] if thin else middle(getattr(m, what)) for m in rows]
+                    if not all(ms):
+                        continue
+                    each = [1e6 * t / (m.batch * m.length) for t, m in zip(ms, rows, strict=True)]
+                    axis.plot([m.length for m in rows], each, style, color=colour, markersize=4,
+                              linewidth=0.7 if thin else 1.6, alpha=0.6 if thin else 1.0,
+                              label=None if thin else label)  # fmt: skip
         axis.set(xscale="log", yscale="log", xlabel="tokens of a sequence", ylabel="ns a token")
         axis.set_title("forward" if what == "forward" else "forward and backward")
-        axis.set_xticks(sorted({m.length for m in results}))
-        axis.set_xticklabels([str(t) for t in sorted({m.length for m in results})], fontsize=7)
+        axis.set_xticks(sorted(lengths))
+        axis.set_xticklabels([str(t) for t in sorted(lengths)], fontsize=7)
         axis.minorticks_off()
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=7)
+    axes[0].legend(fontsize=7, ncols=2)
+    device = next((m.about["device"] for m in results if m.about.get("device")), "")
+    figure.suptitle(f"{device}, bfloat16; thin: as CUDA graphs", fontsize=9)
     figure.tight_layout()
     figure.savefig(path, dpi=150)

@@ -23,6 +23,7 @@ class Op:
     make(batch, length) -> inputs on the device, bfloat16; ours and the peers: inputs -> output;
     plain: ours by the torch form, which any number of others is checked against.
     sizes: of heads, in words; shapes: (batch, length); sweep: of these only ours and attention.
+    step: one token after a state, which is among the inputs: no gradients; it returns (o, state).
     """
 
     name: str
@@ -33,6 +34,7 @@ class Op:
     peers: dict[str, Call] = field(default_factory=dict)
     shapes: tuple[tuple[int, int], ...] = ((8, 2048), (2, 8192), (1, 32768))
     sweep: tuple[tuple[int, int], ...] = ((32, 512), (16, 1024), (4, 4096), (1, 16384))
+    step: bool = False
 
 
 def normal(*shape: int, scale: float = 1.0, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -62,15 +64,22 @@ def op(name: str, backend: str) -> Call:
 
 
 def heads(
-    *, heads: int = 16, key: int = 128, value: int = 128, gate: str = "", beta: bool = False
+    *,
+    heads: int = 16,
+    groups: int | None = None,
+    key: int = 128,
+    value: int = 128,
+    gate: str = "",
+    beta: bool = False,
 ) -> Callable[[int, int], Inputs]:
-    """q, k, v and what else the op reads; gate: "", "head" or "key"."""
+    """q, k, v and what else the op reads; groups: heads of q and k; gate: "", "head" or "key"."""
+    n = groups or heads
 
     def make(b: int, t: int) -> Inputs:
-        unit = F.normalize(torch.randn(b, t, heads, key, device="cuda"), dim=-1)
+        unit = F.normalize(torch.randn(b, t, n, key, device="cuda"), dim=-1)
         x = {
-            "q": normal(b, t, heads, key, scale=key**-0.5),
-            "k": unit.bfloat16() if beta else normal(b, t, heads, key, scale=key**-0.25),
+            "q": normal(b, t, n, key, scale=key**-0.5),
+            "k": unit.bfloat16() if beta else normal(b, t, n, key, scale=key**-0.25),
             "v": normal(b, t, heads, value),
         }
         if beta:
@@ -192,8 +201,91 @@ def mlstm_peer(x: Inputs) -> Tensor:
     """Heads lie before time in the peer's tensors."""
     module = need("mlstm_kernels.torch.chunkwise.triton_xl_chunk")
     return module.mlstm_chunkwise__xl_chunk(
-        **x, return_last_states=False, chunk_size=128
+        **x, return_last_states=False, chunk_size=128, autocast_kernel_dtype=torch.bfloat16
     ).transpose(1, 2)
+
+
+# --- one token after another ----------------------------------------------------------------
+
+
+def step(row: str, words: str, make: Callable[[int, int], Inputs], name: str, *state: int) -> Op:
+    """Row `decode ...`: one token of the op `name`, as a model decodes; words: the sizes; state:
+    its shape behind the batch."""
+
+    def inputs(b: int, t: int) -> Inputs:
+        x = make(b, t)
+        x["state"] = torch.randn(b, *state, device="cuda") * 0.1
+        if name == "mlstm":
+            x["m"] = torch.zeros(b, state[0], 1, device="cuda")
+        return x
+
+    plain = token_plain(name) if name != "selective" else mamba_token_plain
+    ours = token if name != "selective" else mamba_token
+    return Op(f"decode {row}", words, inputs, ours, plain, {}, ((128, 1),), (), True)
+
+
+def token_plain(name: str) -> Call:
+    """By the torch form of the op."""
+
+    def run(x: Inputs) -> Any:
+        state: Any = (x["state"], x["m"]) if "m" in x else x["state"]
+        order = {"decay": "qkv", "delta": "qkv", "mlstm": "qkvif"}[name]
+        given = [x[n] for n in order] + ([x["beta"]] if "beta" in x else [])
+        given += [] if name == "mlstm" else [x.get("log_a")]
+        return getattr(need(f"longscan.ops.{name}"), name)(*given, state=state, backend="torch")
+
+    return run
+
+
+def token(x: Inputs) -> Any:
+    """By the kernel of a step."""
+    kernel = need("longscan.ops._step_fused")
+    options = dict(kernel.NOTHING)
+    if "log_a" in x:
+        options["decay"] = kernel.Decay("given", x["log_a"][:, 0])
+    if "beta" in x:
+        options["rule"] = kernel.Delta(x["beta"][:, 0])
+    elif "m" in x:
+        options["decay"] = kernel.Decay("logsigmoid", x["f"][:, 0])
+        options["rule"] = kernel.Exponential(x["i"][:, 0], x["m"])
+    q, k, v = (x[n][:, 0] for n in ("q", "k", "v"))
+    o, s, _, m = kernel.step_fused(q, k, v, x["state"], **options)
+    return (o.unsqueeze(1), s) if m is None else (o.unsqueeze(1), s, m)
+
+
+def mamba_token_inputs(b: int, t: int) -> Inputs:
+    x = mamba_inputs(b, t)
+    x["a_log"] = (-x.pop("A")).log()
+    return x
+
+
+def mamba_token(x: Inputs) -> Any:
+    kernel = need("longscan.ops._step_fused")
+    u, dt, b, c, z = (x[n][:, 0] for n in ("u", "dt", "B", "C", "z"))
+    return kernel.scan_fused(u, dt, x["dt_bias"], x["a_log"], b, c, x["D"], z, x["state"])
+
+
+def mamba_token_plain(x: Inputs) -> Any:
+    dt = F.softplus(x["dt"].float() + x["dt_bias"])
+    run = need("longscan.ops.selective").selective
+    y, state = run(x["u"].float(), dt, -x["a_log"].exp(), x["B"], x["C"], state=x["state"],
+                   backend="torch")  # fmt: skip
+    return ((y + x["D"] * x["u"]) * F.silu(x["z"].float()))[:, 0], state
+
+
+def steps() -> list[Op]:
+    words, sizes = "H16 K128 V128", (16, 128, 128)
+    ssd_heads = heads(heads=64, groups=1, key=128, value=64, gate="head")
+    return [
+        step("decay", words, heads(gate="head"), "decay", *sizes),
+        step("gla", words, heads(gate="key"), "decay", *sizes),
+        step("deltanet", words, heads(beta=True), "delta", *sizes),
+        step("gated_deltanet", words, heads(beta=True, gate="head"), "delta", *sizes),
+        step("kda", words, heads(beta=True, gate="key"), "delta", *sizes),
+        step("mamba2", "H64 P64 N128", ssd_heads, "decay", 64, 128, 64),
+        step("mamba", "D4096 N16", mamba_token_inputs, "selective", 4096, 16),
+        step("mlstm", "H8 K256 V512", mlstm_inputs(8, 256, 512), "mlstm", 8, 256, 513),
+    ]
 
 
 # --- softmax attention ----------------------------------------------------------------------
@@ -246,6 +338,7 @@ OPS = {
         Op("mlstm", "H16 K128 V128", mlstm_inputs(16, 128, 128), mlstm("triton"), mlstm("torch"),
            _MLSTM),
         Op("attention", "H16 D128", heads(), attention, attention),
+        *steps(),
     )
 }  # fmt: skip
 """By name. Attention is no op of ours: its "ours" is PyTorch's by cuDNN."""
@@ -256,4 +349,27 @@ def inputs(name: str, side: str, batch: int, length: int) -> Inputs:
     torch.manual_seed(0)
     x = OPS[name].make(batch, length)
     x = LAYOUT.get(f"{name.split()[0]}/{side}", lambda x: x)(x)
-    return {n: t.detach().requires_grad_() for n, t in x.items()}
+    return {n: t.detach().requires_grad_(not OPS[name].step) for n, t in x.items()}
+
+
+def small_ops() -> dict[str, tuple[Call, Callable[[], Inputs]]]:
+    """Ops that are no rows of their own, for the seconds of a first call."""
+
+    def given(**x: Tensor) -> Inputs:
+        return {n: t.requires_grad_(t.is_floating_point()) for n, t in x.items()}
+
+    def conv(x: Inputs) -> Tensor:
+        return need("longscan.ops._conv_fused").conv_fused(x["x"], x["w"], x["b"], silu=True)[0]
+
+    def norm(x: Inputs) -> Tensor:
+        return need("longscan.ops._norm_fused").rms_norm_fused(x["x"], x["w"])
+
+    def loss(x: Inputs) -> Tensor:
+        return need("longscan.ops.loss").linear_cross_entropy(x["x"], x["w"], x["targets"])
+
+    return {
+        "conv": (conv, lambda: given(x=normal(2, 512, 6144), w=normal(6144, 4), b=normal(6144))),
+        "norm": (norm, lambda: given(x=normal(1024, 2048), w=normal(2048))),
+        "loss": (loss, lambda: given(x=normal(1024, 2048), w=normal(32000, 2048), targets=
+                                     torch.randint(32000, (1024,), device="cuda"))),
+    }  # fmt: skip
