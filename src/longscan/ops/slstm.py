@@ -16,6 +16,7 @@ from longscan.ops._check import (
 )
 from longscan.ops._layout import check_cu_seqlens
 from longscan.ops._slstm import slstm_fast
+from longscan.ops._slstm_fused import slstm_fits, slstm_fused
 from longscan.ops.dispatch import by_sequence, choose
 
 
@@ -79,7 +80,8 @@ def slstm(
     r [N, D_in, 4, D_out]; bias [N, 4, D]; y [B, T, N, D]; state [B, 4, N, D], in the order
     y, c, n, m. cu_seqlens [n + 1] packs n sequences on one row (B = 1), the state then has n rows.
     Precision: everything in float32 (float64 for float64 inputs), y in the dtype of gates.
-    Memory: backward keeps 7 numbers per channel and token.
+    Memory: backward keeps 7 numbers per channel and token, a kernel 5 of float32 or 2 and 3
+    of bfloat16; where that computes bfloat16, R y_{t-1} is a product of numbers rounded to it.
     Raises: ValueError, TypeError for shapes, dtypes or cu_seqlens that do not fit.
     Source: xLSTM (arXiv 2405.04517, section 2.2).
     Differs: the authors look for n = 0 in the whole batch at once, here each channel does, so a
@@ -96,10 +98,16 @@ def slstm(
     rows = batch if cu_seqlens is None else cu_seqlens.numel() - 1
     check_state("state", state, (rows, 4, heads, d), "[rows, 4, N, D]")
     out, wide = gates.dtype, compute_dtype(gates, r, bias, state)
+    forms = {"reference": slstm_reference, "torch": slstm_fast, "triton": slstm_fused}
+    run = choose(
+        "slstm", gates, backend, forms,
+        lambda: wide is torch.float32 and slstm_fits(gates, r, bias),
+    )  # fmt: skip
+    if run is slstm_fused and (length > 1 or cu_seqlens is not None):
+        return run(gates, r, bias, state=state, cu_seqlens=cu_seqlens)
     gates, r, bias, state = cast(wide, gates, r, bias, state)
-    run = choose("slstm", gates, backend, {"reference": slstm_reference, "torch": slstm_fast})
     with full_precision(gates):
-        if length == 1 and cu_seqlens is None and run is slstm_fast:
+        if length == 1 and cu_seqlens is None and run is not slstm_reference:
             state = gates.new_zeros(rows, 4, heads, d) if state is None else state
             y, end = slstm_step(gates[:, 0], r, bias, state)
             y = y.unsqueeze(1)

@@ -27,6 +27,7 @@ from longscan.proof.heads import (
     head_cases,
     mlstm_cases,
 )  # fmt: skip
+from longscan.proof.recurrent import slstm_cases
 
 CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "decay": lambda: head_cases(decay_arguments, SCALAR_GATES),
@@ -36,6 +37,7 @@ CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "selective": selective_cases,
     "selective_mamba": mamba_cases,
     "mlstm": mlstm_cases,
+    "slstm": slstm_cases,
     "conv": conv_cases,
     "conv_silu": conv_cases,
     "norm": norm_cases,

@@ -117,6 +117,9 @@ KERNELS = {
         shared=("A", "D", "dt_bias"), module="selective", options={"softplus": True}, plain=_mamba,
     ),
     "mlstm": Kernel("mlstm", ("q", "k", "v", "i", "f"), ("i", "f")),
+    "slstm": Kernel(
+        "slstm", ("gates", "r", "bias"), wide=("state", "r", "bias"), shared=("r", "bias")
+    ),
     "conv": Kernel(
         "conv", ("x", "weight", "bias"), ("weight", "bias"), wide=(), shared=("weight", "bias")
     ),
