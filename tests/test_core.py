@@ -136,25 +136,21 @@ def test_a_triton_form_that_cannot_run_is_refused(monkeypatch):
     assert "no Triton form" in chosen.reason
 
 
-def test_a_kernel_runs_unasked_only_on_cases_that_are_proved(monkeypatch):
+def test_a_kernel_runs_where_it_fits(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # a CPU may run kernels then
     x, forms = torch.zeros(1), {"torch": "torch", "triton": "kernel"}
 
-    def chosen(op="decay", backend=None, fits=True, proved=True):
-        return choose(op, x, backend, forms, lambda: fits, proved)
+    def chosen(op="decay", backend=None, fits=True):
+        return choose(op, x, backend, forms, lambda: fits)
 
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     assert chosen() == "kernel"
-    assert chosen(proved=False) == "torch"
-    assert chosen(proved=False, backend="triton") == "kernel"
     assert chosen(fits=False) == "torch"
     with pytest.raises(ValueError, match="does not compute"):
         chosen(fits=False, backend="triton")
-    assert chosen("delta") == "torch"
-    assert not by_kernel("delta", x, lambda: True)
-    assert not by_kernel("norm", x, lambda: True, proved=False)
-    monkeypatch.setenv("LONGSCAN_BACKEND", "triton")
-    assert chosen(proved=False) == "kernel"
-    assert chosen("delta") == "kernel"
-    assert by_kernel("norm", x, lambda: True, proved=False)
+    assert by_kernel("norm", x, lambda: True)
+    assert not by_kernel("norm", x, lambda: False)
+    monkeypatch.setenv("LONGSCAN_BACKEND", "torch")
+    assert chosen() == "torch"
+    assert not by_kernel("norm", x, lambda: True)

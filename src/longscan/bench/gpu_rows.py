@@ -239,17 +239,17 @@ def token_plain(name: str) -> Call:
 
 def token(x: Inputs) -> Any:
     """By the kernel of a step."""
-    kernel = need("longscan.ops._step_fused")
-    options = dict(kernel.NOTHING)
+    op = need("longscan.ops.step")
+    decay, rule = None, None
     if "log_a" in x:
-        options["decay"] = kernel.Decay("given", x["log_a"][:, 0])
+        decay = op.Decay("given", x["log_a"][:, 0])
     if "beta" in x:
-        options["rule"] = kernel.Delta(x["beta"][:, 0])
+        rule = op.Delta(x["beta"][:, 0])
     elif "m" in x:
-        options["decay"] = kernel.Decay("logsigmoid", x["f"][:, 0])
-        options["rule"] = kernel.Exponential(x["i"][:, 0], x["m"])
+        decay = op.Decay("logsigmoid", x["f"][:, 0])
+        rule = op.Exponential(x["i"][:, 0], x["m"])
     q, k, v = (x[n][:, 0] for n in ("q", "k", "v"))
-    o, s, _, m = kernel.step_fused(q, k, v, x["state"], **options)
+    o, s, _, m = op.step(q, k, v, x["state"], decay=decay, rule=rule)
     return (o.unsqueeze(1), s) if m is None else (o.unsqueeze(1), s, m)
 
 
@@ -362,7 +362,7 @@ def small_ops() -> dict[str, tuple[Call, Callable[[], Inputs]]]:
         return need("longscan.ops._conv_fused").conv_fused(x["x"], x["w"], x["b"], silu=True)[0]
 
     def norm(x: Inputs) -> Tensor:
-        return need("longscan.ops._norm_fused").rms_norm_fused(x["x"], x["w"])
+        return need("longscan.ops._norm_fused").norm_fused(x["x"], x["w"])
 
     def loss(x: Inputs) -> Tensor:
         return need("longscan.ops.loss").linear_cross_entropy(x["x"], x["w"], x["targets"])

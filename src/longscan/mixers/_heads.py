@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from longscan.mixers._parts import RMSNorm, ShortConv, norm_runs
+from longscan.mixers._parts import RMSNorm, ShortConv
 from longscan.mixers.base import Mixer
 from longscan.ops._check import compute_dtype
-from longscan.ops._norm_fused import norm_fused
 from longscan.ops.norm import gated_rms_norm
 from longscan.ops.step import Conv, is_token, step
 from longscan.state import State
 
-GATES: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "sigmoid": F.sigmoid}
+GATES = ("silu", "sigmoid")
 
 
 class HeadMixer(Mixer):
@@ -158,10 +155,7 @@ class HeadMixer(Mixer):
         if self._gate is None:
             return self.norm(o)
         g = self._heads(g if self.gate_proj is None else self.gate_proj(g), self.d_value)
-        weight, eps = self.norm.weight, self.norm.eps
-        if norm_runs(o, weight, g):
-            return norm_fused(o, weight, g, eps=eps, activation=self._gate)
-        return gated_rms_norm(o, GATES[self._gate](g), weight, eps)
+        return gated_rms_norm(o, g, self.norm.weight, self.norm.eps, activation=self._gate)
 
     def _heads(self, x: Tensor, d: int) -> Tensor:
         return x.unflatten(-1, (-1, d))

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from longscan.ops._conv_fused import conv_fits, conv_fused
-from longscan.ops._norm_fused import norm_fits
 from longscan.ops.conv import conv
 from longscan.ops.dispatch import by_kernel
 from longscan.ops.norm import rms_norm
@@ -86,13 +85,6 @@ class ShortConv(nn.Module):
         """Under autocast a projection may hand over bfloat16 while the taps are float32."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return self.weight.squeeze(1).to(x.dtype), bias
-
-
-def norm_runs(x: Tensor, weight: Tensor, gate: Tensor) -> bool:
-    """Whether a kernel norms x and gates it in one pass: `ops._norm_fused.norm_fused`."""
-    return not torch.compiler.is_compiling() and by_kernel(
-        "norm", x, lambda: norm_fits(x, weight, gate)
-    )
 
 
 def softplus_inverse(y: Tensor) -> Tensor:

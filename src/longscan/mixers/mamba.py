@@ -129,10 +129,7 @@ class Mamba(Mixer):
             r, b, c = (rms_norm(t, None, self.bcdt_norm_eps) for t in (r, b, c))
         a, h = -self.A_log.exp(), None if state is None else state.tensor("ssm")
         steps, more = self.dt_proj(r), {"D": self.D, "z": z}
-        proved = u.dtype in (torch.bfloat16, torch.float32)
-        if by_kernel(
-            "selective", u, lambda: selective_fits(u, steps, a, b, c, state=h, **more), proved
-        ):
+        if by_kernel("selective", u, lambda: selective_fits(u, steps, a, b, c, state=h, **more)):
             y, h = selective_fused(
                 u, steps, a, b, c, state=h, cu_seqlens=cu_seqlens, softplus=True, **more
             )

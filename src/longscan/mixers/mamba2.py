@@ -8,12 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from longscan.mixers._parts import RMSNorm, ShortConv, init_a_log_, init_dt_bias_, norm_runs
+from longscan.mixers._parts import RMSNorm, ShortConv, init_a_log_, init_dt_bias_
 from longscan.mixers.base import Mixer
 from longscan.ops._check import compute_dtype
-from longscan.ops._norm_fused import norm_fused
 from longscan.ops.decay import decay
-from longscan.ops.norm import head_rms_norm
+from longscan.ops.norm import gated_rms_norm
 from longscan.ops.step import Conv, Decay, is_token, step
 from longscan.state import State
 
@@ -157,18 +156,13 @@ class Mamba2(Mixer):
 
     def _project(self, y: Tensor, z: Tensor, x0: Tensor, z0: Tensor, x: Tensor) -> Tensor:
         """What follows the recurrence. Shapes: y, z [B, T, d_ssm]; out [B, T, d_model]."""
-        first = not self.norm_before_gate
-        weight = None if self.norm is None else self.norm.weight
-        if weight is not None and norm_runs(y, weight, z):
-            y = norm_fused(
-                y, weight, z, eps=self.norm_eps, n_groups=self.n_groups, activation="silu",
-                gate_first=first,
-            )  # fmt: skip
+        if self.norm is None:
+            y = y * F.silu(z)
         else:
-            y = y * F.silu(z) if weight is None or first else y
-            if weight is not None:
-                y = head_rms_norm(y, weight, self.n_groups, self.norm_eps)
-                y = y if first else y * F.silu(z)
+            y = gated_rms_norm(
+                y, z, self.norm.weight, self.norm_eps, activation="silu", n_groups=self.n_groups,
+                gate_first=not self.norm_before_gate,
+            )  # fmt: skip
         y = y.to(x.dtype)
         if x0.shape[-1]:
             y = torch.cat([F.silu(z0) * x0, y], -1)

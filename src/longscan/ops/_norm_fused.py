@@ -204,28 +204,3 @@ def norm_fused(
     dtype = x.dtype if dtype is None else dtype
     y = _norm(x, weight, gate, eps, scale, per_head, act, gate_first, dtype)[0]
     return y.view(shape) if n_groups > 1 else y
-
-
-def rms_norm_fused(x: Tensor, weight: Tensor | None = None, eps: float = 1e-5) -> Tensor:
-    """`ops.norm.rms_norm` where `norm_fits`."""
-    return norm_fused(x, weight, eps=eps)
-
-
-def gated_rms_norm_fused(
-    x: Tensor, gate: Tensor, weight: Tensor | None = None, eps: float = 1e-5
-) -> Tensor:
-    """`ops.norm.gated_rms_norm` where `norm_fits`."""
-    return norm_fused(x, weight, gate, eps=eps)
-
-
-def l2_norm_fused(x: Tensor, eps: float = 1e-6, scale: float = 1.0) -> Tensor:
-    """`ops.norm.l2_norm` where `norm_fits`."""
-    d = x.shape[-1]
-    return norm_fused(x, eps=eps / d, scale=scale * d**-0.5)
-
-
-def head_rms_norm_fused(
-    x: Tensor, weight: Tensor | None, n_groups: int, eps: float = 1e-5
-) -> Tensor:
-    """`ops.norm.head_rms_norm` where `norm_fits`."""
-    return norm_fused(x, weight, eps=eps, n_groups=n_groups)

@@ -9,8 +9,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from longscan.ops.dispatch import by_kernel
-
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 DECAYS = ("given", "softplus", "logsigmoid", "bounded")
 
@@ -227,38 +225,6 @@ def window_fused(
             W=weight.shape[1], BIAS=bias is not None, SILU=int(silu), BLOCK=BLOCK, num_warps=2,
         )  # fmt: skip
     return y, new
-
-
-NOTHING: dict[str, Any] = {
-    "conv": None, "silu": False, "rotary": None, "feature": False, "unit": False,
-    "q_scale": 1.0, "k_scale": 1.0, "decay": None, "rule": None, "scale_by_dt": False,
-    "divide": False, "skip": None, "eps": 1e-6,
-}  # fmt: skip
-"""The options of `ops.step.step` where none is given."""
-
-
-def token_fused(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    s: Tensor,
-    log_a: Tensor | None = None,
-    rule: Delta | Exponential | None = None,
-    **more: Any,
-) -> tuple[Tensor, Tensor, Tensor | None] | None:
-    """One token of the ops `decay`, `delta` and `mlstm` (log_a is then f): o, s and m, or None
-    where the kernel does not run. Shapes: as the ops', with T = 1, the rule's without T."""
-    if not by_kernel("step", v, lambda: True):
-        return None
-    q, k, v = q[:, 0], k[:, 0], v[:, 0]
-    options = {**NOTHING, "rule": rule, **more}
-    if log_a is not None:
-        kind = "logsigmoid" if isinstance(rule, Exponential) else "given"
-        options["decay"] = Decay(kind, log_a[:, 0])
-    if not step_fits(q, k, v, s, **options):
-        return None
-    o, s, _, m = step_fused(q, k, v, s, **options)
-    return o.unsqueeze(1), s, m
 
 
 def scan_fits(*tensors: Tensor, state: Tensor) -> bool:

@@ -206,11 +206,8 @@ def decay(
     if log_a is not None and log_a.ndim == 4:
         kernel, fits = decay_keys_fused, decay_keys_fits
     forms = {"reference": decay_reference, "torch": decay_chunked, "triton": kernel}
-    proved = v.dtype in (torch.bfloat16, torch.float32)
-    if kernel is decay_keys_fused:  # the gates' gradient was off by 1.2e-2 for K = 16, V = 256
-        proved = proved and (v.dtype is torch.float32 or d_key > 16 or d_value <= 128)
     run = choose(
-        "decay", v, backend, forms, lambda: dtype is torch.float32 and fits(q, k, v, log_a), proved
+        "decay", v, backend, forms, lambda: dtype is torch.float32 and fits(q, k, v, log_a)
     )
     with full_precision(v):
         if run is kernel and (length > 1 or cu_seqlens is not None):

@@ -22,10 +22,7 @@ BACKENDS = ("reference", "torch", "triton")
 KERNELS = (
     "memory", "decay", "delta", "selective", "mlstm", "slstm", "conv", "norm", "loss", "step",
 )  # fmt: skip
-"""Ops with a Triton form."""
-PROVED = ("memory", "decay", "selective", "mlstm", "conv", "norm", "loss", "step")
-"""Those whose Triton form runs by default on CUDA, in the cases that an op calls proved: every
-check on a GPU passed (docs/LOG.md). The others run when asked for."""
+"""Ops with a Triton form, which runs by default on CUDA: every check on a GPU passed."""
 
 # Asked for once: torch.compile cannot trace the question. Not tried on AMD.
 TRITON = find_spec("triton") is not None and torch.version.hip is None
@@ -61,7 +58,7 @@ def backend_of(op: str, x: Tensor, backend: str | None = None) -> Backend:
                 raise ValueError(f"backend 'triton': the op {op} {why}")
             return Backend("torch", f"{where} is triton, but the op {why}")
         return Backend(asked, where)
-    if op in PROVED and fused(op, x):
+    if fused(op, x):
         return Backend("triton", f"the kernel for {x.device.type}, where it fits the sizes")
     return Backend("torch", f"the chunked PyTorch form, the only fast one for {x.device.type} yet")
 
@@ -81,18 +78,14 @@ def choose(
     backend: str | None,
     forms: dict[str, Callable],
     fits: Callable[[], bool] | None = None,
-    proved: bool = True,
 ) -> Callable:
     """The function among `forms` that `backend_of` names; "torch" where the kernel does not fit.
 
-    proved: whether the kernel may run on this case without being asked for.
     Raises: ValueError where the call itself asks for a kernel that does not fit.
     """
     if backend is None and "LONGSCAN_BACKEND" not in os.environ and not x.is_cuda:
         return forms["torch"]  # what backend_of answers, without its words
     name = backend_of(op, x, backend).name
-    if name == "triton" and not proved and backend is None and not _asked():
-        name = "torch"
     if name == "triton" and fits is not None and not fits():
         if backend is not None:
             raise ValueError(
@@ -102,15 +95,9 @@ def choose(
     return forms[name]
 
 
-def by_kernel(op: str, x: Tensor, fits: Callable[[], bool], proved: bool = True) -> bool:
+def by_kernel(op: str, x: Tensor, fits: Callable[[], bool]) -> bool:
     """Whether a kernel runs, for callers that can hand it more than the op; see `choose`."""
-    if not fused(op, x) or backend_of(op, x).name != "triton":
-        return False
-    return (proved or _asked()) and fits()
-
-
-def _asked() -> bool:
-    return os.environ.get("LONGSCAN_BACKEND") == "triton"
+    return fused(op, x) and backend_of(op, x).name == "triton" and fits()
 
 
 def by_sequence(

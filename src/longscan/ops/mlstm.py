@@ -239,7 +239,6 @@ def mlstm(
     run = choose(
         "mlstm", v, backend, forms,
         lambda: dtype is torch.float32 and mlstm_fits(q, k, v, i, f, state),
-        v.dtype is torch.bfloat16 and d_key > 16 and d_value <= 256,
     )  # fmt: skip
     with full_precision(v):
         more = {"state": state, "cu_seqlens": cu_seqlens, "eps": eps}

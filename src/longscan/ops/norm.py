@@ -7,14 +7,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from longscan.ops._check import compute_dtype
-from longscan.ops._norm_fused import (
-    gated_rms_norm_fused,
-    head_rms_norm_fused,
-    l2_norm_fused,
-    norm_fits,
-    rms_norm_fused,
-)
+from longscan.ops._norm_fused import norm_fits, norm_fused
 from longscan.ops.dispatch import by_kernel
+
+ACTIVATIONS = {None: lambda gate: gate, "silu": F.silu, "sigmoid": torch.sigmoid}
 
 
 class _Normalise(torch.autograd.Function):
@@ -72,21 +68,38 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-5) -> Tens
     Source: Zhang and Sennrich, arXiv 1910.07467, eq. 4.
     """
     if _fused(x, weight) and (weight is None or weight.shape == x.shape[-1:]):
-        return rms_norm_fused(x, weight, eps)
+        return norm_fused(x, weight, eps=eps)
     return _normalise(x, weight, eps)
 
 
 def gated_rms_norm(
-    x: Tensor, gate: Tensor, weight: Tensor | None = None, eps: float = 1e-5
+    x: Tensor,
+    gate: Tensor,
+    weight: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    activation: str | None = None,
+    n_groups: int = 1,
+    gate_first: bool = False,
 ) -> Tensor:
-    """RMSNorm of x times a gate that is already activated: rms_norm(x) * gate.
+    """RMSNorm of x times a gate: norm(x) * act(gate), or norm(x * act(gate)) with gate_first.
 
-    Shapes: x, gate [..., D]; weight [D] or None. Precision: as `rms_norm`.
-    Differs: Mamba-2 normalises the product instead; that is rms_norm(x * gate).
+    Shapes: x, gate [..., D]; weight [D] or None; n_groups as in `head_rms_norm`.
+    activation: of the gate, "silu" or "sigmoid" (default: none). Precision: as `rms_norm`.
+    Raises: ValueError for another activation.
     """
-    if _fused(x, weight, gate) and (weight is None or weight.shape == x.shape[-1:]):
-        return gated_rms_norm_fused(x, gate, weight, eps)
-    return rms_norm(x, weight, eps) * gate.to(x.dtype)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f'activation must be None, "silu" or "sigmoid", not {activation!r}')
+    same = weight is None or weight.shape == x.shape[-1:]
+    if _fused(x, weight, gate) and same:
+        return norm_fused(
+            x, weight, gate, eps=eps, n_groups=n_groups, activation=activation,
+            gate_first=gate_first,
+        )  # fmt: skip
+    gate = ACTIVATIONS[activation](gate)
+    if gate_first:
+        return head_rms_norm(x * gate, weight, n_groups, eps)
+    return head_rms_norm(x, weight, n_groups, eps) * gate.to(x.dtype)
 
 
 def l2_norm(x: Tensor, eps: float = 1e-6, scale: float = 1.0) -> Tensor:
@@ -96,10 +109,10 @@ def l2_norm(x: Tensor, eps: float = 1e-6, scale: float = 1.0) -> Tensor:
 
     Shapes: x [..., D]. Precision: as `rms_norm`.
     """
-    if _fused(x, None):
-        return l2_norm_fused(x, eps, scale)
     d = x.shape[-1]
     # x / sqrt(sum + eps) is the RMS norm with its mean undone.
+    if _fused(x, None):
+        return norm_fused(x, eps=eps / d, scale=scale * d**-0.5)
     return _normalise(x, None, eps / d, scale * d**-0.5)
 
 
@@ -111,7 +124,7 @@ def head_rms_norm(x: Tensor, weight: Tensor | None, n_groups: int, eps: float = 
     if n_groups == 1:
         return rms_norm(x, weight, eps)
     if _fused(x, weight):
-        return head_rms_norm_fused(x, weight, n_groups, eps)
+        return norm_fused(x, weight, eps=eps, n_groups=n_groups)
     y = rms_norm(x.unflatten(-1, (n_groups, -1)), None, eps).flatten(-2)
     return y if weight is None else (y * weight.to(compute_dtype(x))).to(x.dtype)
 

@@ -122,7 +122,6 @@ def selective(
     run = choose(
         "selective", u, backend, forms,
         lambda: wide is torch.float32 and selective_fits(u, dt, A, B, C),
-        u.dtype in (torch.bfloat16, torch.float32),
     )  # fmt: skip
     if run is selective_fused and (u.shape[1] > 1 or cu_seqlens is not None):
         return run(u, dt, A, B, C, state=state, cu_seqlens=cu_seqlens)
