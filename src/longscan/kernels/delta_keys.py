@@ -4,17 +4,20 @@ Names and equations are those of `longscan.ops.delta.delta_chunked`; b is the cu
 (base 2) within a chunk of C tokens, S the state that enters it:
 
     P_ts = sum_d q_td k_sd 2^(b_td - b_sd)   s <= t        L: the same of k with k, s < t
-    A    = (I + diag(beta) L)^-1 diag(beta)                V' = A (V - (k 2^b) S)
+    R    = V - (k 2^b) S                                   N = L (I + diag(beta) L)^-1
+    E    = R - N (beta R)                                  V' = beta E
     o    = (q 2^b) S + P V'                                S' = 2^b_end S + (k 2^(b_end - b))^T V'
 
-A letter d before a name is the gradient by it; D is that by the state that leaves a chunk. The
-backward needs no inverse of its own: with dV = A^T dV', dL = -tril(dV V'^T, -1) and
-dbeta = (dV . V') / beta^2.
+A letter d before a name is the gradient by it; D is that by the state that leaves a chunk. E is
+what the state gets wrong when a token comes, and G its counterpart backwards, before beta:
 
-In a near chunk no channel decays by more than 2^(2 REACH): decays between tokens are then products
-of two, from and to the middle of that decay, and P and L one product each. In a far one pairs are
-taken by the halves of blocks that they lie in, so that no exponent is above zero. A launch looks
-after the near chunks and a second one, which mostly finds nothing to do, after the far ones.
+    G    = dV' - N^T (beta dV')      dV = beta G      dL = -tril(dV V'^T, -1)      dbeta = G . E
+
+So beta divides nothing, and of (I + beta L)^-1 only what differs from I is rounded.
+
+Where no channel of a tile decays by more than 2^(2 REACH) in a chunk, decays between tokens are
+products of two, from and to the middle of that decay, and P and L one product each. Else pairs
+are taken by the halves of blocks that they lie in, so that no exponent is above zero.
 
 Tokens of all sequences lie one after the other; tensors are [tokens, heads, ...]. The scans hold
 the state transposed: it and all that is computed from it are then left operands, which stay in
@@ -31,8 +34,6 @@ LOG2E = tl.constexpr(1.4426950408889634)
 FLOOR = tl.constexpr(-104.0)
 # Half of what a near chunk decays by at most, as a power of two.
 REACH = tl.constexpr(60.0)
-# Stands for beta = 0, so that dbeta can divide by it; its square is still a normal number.
-LEAST = tl.constexpr(2.0**-30)
 
 
 @triton.jit
@@ -60,6 +61,16 @@ def _store(base, x, rows, cols, stride, height, WIDTH: tl.constexpr, PADDED: tl.
     if PADDED:
         mask = mask & (cols[None, :] < WIDTH)
     tl.store(base + rows[:, None] * stride + cols[None, :], x.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _both_parts(x, y, z, PRECISION: tl.constexpr):
+    """x y + z; where y is bfloat16, with x in two numbers of that type, so that its digits stay."""
+    high = x.to(y.dtype)
+    z = tl.dot(high, y, z, input_precision=PRECISION)
+    if y.dtype == tl.bfloat16:
+        z = tl.dot((x - high.to(tl.float32)).to(y.dtype), y, z, input_precision=PRECISION)
+    return z
 
 
 @triton.jit
@@ -168,24 +179,28 @@ def _inverse(m, C: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def _is_far(ends, WIDE: tl.constexpr):
+    """Whether a tile of channels, of which a chunk leaves so much, is far.
+
+    float32 takes sums of gates only where they have digits enough.
+    """
+    return tl.min(ends, 0) < (2.0**-32 if WIDE else 2.0**-120)
+
+
+@triton.jit
 def prepare(
-    q, k, beta, log_a, read, into, out, ends, far, scores, inverse, table,
+    q, k, beta, log_a, read, into, out, ends, scores, inner, table,
     H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
     BK: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
-    PARTS: tl.constexpr, SCORES: tl.constexpr, FAR: tl.constexpr,
+    PARTS: tl.constexpr, SCORES: tl.constexpr,
 ):  # fmt: skip
-    """What the scans need of a chunk of a head: decayed q and k, P and A.
+    """What the scans need of a chunk of a head: decayed q and k, P and N.
 
     read = q 2^b, into = k 2^b, out = k 2^(b_end - b), all [tokens, H, K]; ends = 2^b_end
-    [chunks, H, K]. With SCORES: P and A, scores and inverse [tokens, H, C], and whether the chunk
-    is far, far [chunks, H]. FAR: nothing but P and A, of far chunks only.
+    [chunks, H, K]. With SCORES: P and N, scores and inner [tokens, H, C].
     """
     pid = tl.program_id(0)
     piece, h = (pid // H).to(tl.int64), pid % H
-    if FAR:
-        near = tl.load(far + pid) == 0
-        if near:
-            return
     first = tl.load(table + piece * 3 + 1)
     n = (tl.load(table + piece * 3 + 2) - first).to(tl.int32)
     i, d = tl.arange(0, C), tl.arange(0, BK)
@@ -194,66 +209,65 @@ def prepare(
     at_gates = (first * H + h) * K
     P = tl.zeros((C, C), tl.float32)
     L = tl.zeros((C, C), tl.float32)
-    lowest = tl.full([], 0.0, tl.float32)
     for at in range(0, K, BK):
         g = _gates(_load(log_a + at_gates, i, at + d, H * K, n, K, K % BK != 0))
         x = _load(q, i, at + d, HK * K, n, K, K % BK != 0).to(tl.float32)
         y = _load(k, i, at + d, HK * K, n, K, K % BK != 0).to(tl.float32)
-        if FAR:
-            P += tl.where(i[:, None] == i[None, :], tl.sum(x * y, 1)[:, None], 0.0)
-            for level in range(0, LEVELS):
-                e = _border(g, level, C, PARTS)
-                keys = (y * e).to(OPERAND)
-                now = _across(level, C)
-                p = tl.dot((x * e).to(OPERAND), tl.trans(keys), input_precision=PRECISION)
-                P += tl.where(now, p, 0.0)
-                p = tl.dot(keys, tl.trans(keys), input_precision=PRECISION)
-                L += tl.where(now, p, 0.0)
-        else:
-            since, until, end = _decays(g, C, PARTS)
-            xs, ys, y = x * since, y * since, y * until
-            _store(read + at_gates, xs, i, at + d, H * K, n, K, K % BK != 0)
-            _store(into + at_gates, ys, i, at + d, H * K, n, K, K % BK != 0)
-            _store(out + at_gates, y, i, at + d, H * K, n, K, K % BK != 0)
-            to = ends + (piece * H + h) * K + at + d
-            tl.store(to, tl.exp2(end), mask=at + d < K)
-            if SCORES:
-                lowest = tl.minimum(lowest, tl.min(end, 0))
+        since, until, end = _decays(g, C, PARTS)
+        xs, ys, yu = x * since, y * since, y * until
+        _store(read + at_gates, xs, i, at + d, H * K, n, K, K % BK != 0)
+        _store(into + at_gates, ys, i, at + d, H * K, n, K, K % BK != 0)
+        _store(out + at_gates, yu, i, at + d, H * K, n, K, K % BK != 0)
+        to = ends + (piece * H + h) * K + at + d
+        left = tl.exp2(end)
+        tl.store(to, left, mask=at + d < K)
+        if SCORES:
+            if _is_far(left, WIDE):
+                P += tl.where(i[:, None] == i[None, :], tl.sum(x * y, 1)[:, None], 0.0)
+                for level in range(0, LEVELS):
+                    e = _border(g, level, C, PARTS)
+                    keys = (y * e).to(OPERAND)
+                    now = _across(level, C)
+                    p = tl.dot((x * e).to(OPERAND), tl.trans(keys), input_precision=PRECISION)
+                    P += tl.where(now, p, 0.0)
+                    p = tl.dot(keys, tl.trans(keys), input_precision=PRECISION)
+                    L += tl.where(now, p, 0.0)
+            else:
                 z, rest = _middle(end)
                 late, early = tl.exp2(-z)[None, :], tl.exp2(-rest)[None, :]
-                keys = tl.trans((y * early).to(OPERAND))
+                keys = tl.trans((yu * early).to(OPERAND))
                 P = tl.dot((xs * late).to(OPERAND), keys, P, input_precision=PRECISION)
                 L = tl.dot((ys * late).to(OPERAND), keys, L, input_precision=PRECISION)
     if SCORES:
-        w = tl.load(beta + (first + i) * H + h, mask=i < n, other=0.0).to(tl.float32)
-        w = tl.where(tl.abs(w) < LEAST, LEAST, w)
+        b = tl.load(beta + (first + i) * H + h, mask=i < n, other=0.0).to(tl.float32)
         scores += (first * H + h) * C
-        inverse += (first * H + h) * C
-        if not FAR:
-            # float32 takes sums of gates only where they have digits enough.
-            tl.store(far + pid, (lowest < (-32.0 if WIDE else -2 * REACH)).to(tl.int32))
+        inner += (first * H + h) * C
         P = tl.where(i[:, None] >= i[None, :], P, 0.0)
-        L = tl.where(i[:, None] > i[None, :], L, 0.0)
         _store(scores, P, i, i, H * C, n, C, False)
-        A = _inverse(L * w[:, None], C, PRECISION) * w[None, :]
-        _store(inverse, A, i, i, H * C, n, C, False)
+        L = tl.where(i[:, None] > i[None, :], L, 0.0)
+        x = _inverse(L * b[None, :], C, PRECISION)
+        _store(inner, tl.dot(x, L, input_precision=PRECISION), i, i, H * C, n, C, False)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["enters"])
 def forward(
-    read, into, out, ends, v, scores, inverse, state, o, final, states, written, starts, before,
+    read, into, out, ends, v, beta, scores, inner, state, o, final, states, written, starts, before,
+    enters,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
-    BV: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
-    ENTERS: tl.constexpr, READ: tl.constexpr,
+    BV: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, READ: tl.constexpr,
+    MAP: tl.constexpr,
 ):  # fmt: skip
-    """All chunks of a sequence and head, BV columns of the state.
+    """All chunks of a sequence, or of a piece of one, and head, BV columns of the state.
 
-    READ: gives o and the final state; else the states that enter chunks and V', for the backward.
-    Shapes: state, final [rows, H, K, V] (state only with ENTERS); states [chunks, H, V, K];
+    READ: gives o and the final state; else the states that enter chunks and E, for the backward.
+    MAP: gives what a piece makes of a state S, states S + final; states [rows, H, K, K] are the
+    columns beyond those of v, where nothing is written and the identity enters.
+    Shapes: state, final [rows, H, K, V] (state only if `enters`); states [chunks, H, V, K];
     written, o [tokens, H, V].
     """
     pid = tl.program_id(0).to(tl.int64)
-    TILES: tl.constexpr = (V + BV - 1) // BV
+    OWN: tl.constexpr = (V + BV - 1) // BV
+    TILES: tl.constexpr = OWN + ((K + BV - 1) // BV if MAP else 0)
     row, h, tile = pid // TILES // H, pid // TILES % H, (pid % TILES).to(tl.int32)
     first = tl.load(starts + row)
     length = (tl.load(starts + row + 1) - first).to(tl.int32)
@@ -267,37 +281,42 @@ def forward(
     o += values
     written += values
     scores += square
-    inverse += square
+    inner += square
+    beta += first * H + h
     ends += (chunk * H + h) * K
-    states += (chunk * H + h) * K * V
-    if ENTERS:
-        S = tl.trans(_load(state + (row * H + h) * K * V, d, e, V, K, V, V % BV != 0))
-    else:
-        S = tl.zeros((BV, BK), tl.float32)
+    if not MAP:
+        states += (chunk * H + h) * K * V
+    height = tl.where(enters != 0, K, 0)
+    S = tl.trans(_load(state + (row * H + h) * K * V, d, e, V, height, V, MAP or V % BV != 0))
+    if MAP:
+        S += tl.where((e - OWN * BV)[:, None] == d[None, :], 1.0, 0.0)
     for at in range(0, length, C):
         n = length - at
         asking = _load(into, i, d, H * K, n, K, K != BK)
-        u = _load(v, i, e, H * V, n, V, V % BV != 0)
-        a = _load(inverse, i, i, H * C, n, C, False)
+        u = _load(v, i, e, H * V, n, V, MAP or V % BV != 0)
+        a = _load(inner, i, i, H * C, n, C, False)
+        b = tl.load(beta + i * H, mask=i < n, other=0.0).to(tl.float32)[None, :]
         writing = _load(out, i, d, H * K, n, K, K != BK)
         kept = tl.load(ends + d, mask=d < K, other=0.0)
         if READ:
             reading = _load(read, i, d, H * K, n, K, K != BK)
             p = _load(scores, i, i, H * C, n, C, False)
         s = S.to(OPERAND)
-        if not READ:
+        if not READ and not MAP:
             _store(states, S, e, d, K, V, K, K != BK)
         asked = tl.dot(s, tl.trans(asking), input_precision=PRECISION)
-        u = (tl.trans(u).to(tl.float32) - asked).to(OPERAND)
-        u = tl.dot(u, tl.trans(a), input_precision=PRECISION).to(OPERAND)
+        u = tl.trans(u).to(tl.float32) - asked
+        # Errors of what is written stay in a state that one key writes again and again.
+        u = _both_parts(u * -b, tl.trans(a), u, PRECISION)
+        if not READ and not MAP:
+            _store(written, tl.trans(u), i, e, H * V, n, V, MAP or V % BV != 0)
+        u *= b
         if READ:
             y = tl.dot(s, tl.trans(reading), input_precision=PRECISION)
-            y = tl.dot(u, tl.trans(p), y, input_precision=PRECISION)
-            _store(o, tl.trans(y), i, e, H * V, n, V, V % BV != 0)
-        else:
-            _store(written, tl.trans(u), i, e, H * V, n, V, V % BV != 0)
+            y = tl.dot(u.to(OPERAND), tl.trans(p), y, input_precision=PRECISION)
+            _store(o, tl.trans(y), i, e, H * V, n, V, MAP or V % BV != 0)
         S *= kept[None, :]
-        S = tl.dot(u, writing, S, input_precision=PRECISION)
+        S = _both_parts(u, writing, S, PRECISION)
         read += C * H * K
         into += C * H * K
         out += C * H * K
@@ -305,23 +324,67 @@ def forward(
         o += C * H * V
         written += C * H * V
         scores += C * H * C
-        inverse += C * H * C
+        inner += C * H * C
+        beta += C * H
         ends += H * K
-        states += H * K * V
-    if READ:
-        _store(final + (row * H + h) * K * V, tl.trans(S), d, e, V, K, V, V % BV != 0)
+        if not MAP:
+            states += H * K * V
+    if MAP:
+        column = tl.where(e < OWN * BV, K, e - OWN * BV)
+        _store(states + (row * H + h) * K * K, tl.trans(S), d, column, K, K, K, True)
+    if READ or MAP:
+        _store(final + (row * H + h) * K * V, tl.trans(S), d, e, V, K, V, MAP or V % BV != 0)
 
 
-@triton.jit
-def backward(
-    read, into, out, ends, scores, inverse, do, dfinal, dv, dstates, dstate, starts, before,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
-    BV: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, ENTERS: tl.constexpr,
+@triton.jit(do_not_specialize=["enters"])
+def combine(
+    maps, added, start, states, first, enters,
+    H: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
+    BV: tl.constexpr, PRECISION: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """dv, and D of every chunk, from the last chunk to the first.
+    """The states that enter the pieces of a sequence, in the order in which a scan meets them.
 
-    Shapes: dv, do [tokens, H, V]; dstates [chunks, H, V, K]; dfinal, dstate [rows, H, K, V]
-    (dfinal only with ENTERS).
+    Each is the map of the piece before, applied to the state that entered there: maps [m, H, K, K],
+    transposed with REVERSE, added and states [m, H, K, V]; first: the first piece of a sequence.
+    """
+    pid = tl.program_id(0).to(tl.int64)
+    TILES: tl.constexpr = (V + BV - 1) // BV
+    row, h, tile = pid // TILES // H, pid // TILES % H, (pid % TILES).to(tl.int32)
+    begin = tl.load(first + row)
+    count = (tl.load(first + row + 1) - begin).to(tl.int32)
+    piece = begin
+    if REVERSE:
+        piece = begin + count - 1
+    rows, inner, e = tl.arange(0, KP), tl.arange(0, BK), tile * BV + tl.arange(0, BV)
+    height = tl.where(enters != 0, K, 0)
+    S = _load(start + (row * H + h) * K * V, rows, e, V, height, V, True)
+    _store(states + (piece * H + h) * K * V, S, rows, e, V, tl.where(count > 0, K, 0), V, True)
+    for _ in range(1, count):
+        tl.debug_barrier()  # what was stored is read by other threads
+        at = (piece * H + h) * K
+        S = _load(added + at * V, rows, e, V, K, V, True)
+        for c in range(0, K, BK):
+            if REVERSE:
+                m = tl.trans(_load(maps + at * K, c + inner, rows, K, K, K, True))
+            else:
+                m = _load(maps + at * K, rows, c + inner, K, K, K, True)
+            before = _load(states + at * V, c + inner, e, V, K, V, True)
+            S = tl.dot(m, before, S, input_precision=PRECISION)
+        piece += -1 if REVERSE else 1
+        _store(states + (piece * H + h) * K * V, S, rows, e, V, K, V, True)
+
+
+@triton.jit(do_not_specialize=["enters"])
+def backward(
+    read, into, out, ends, beta, scores, inner, do, dfinal, dv, error, dstates, dstate,
+    starts, before, enters,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
+    BV: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, MAP: tl.constexpr,
+):  # fmt: skip
+    """dv, G (error), and D of every chunk, from the last chunk to the first; MAP: dstate alone.
+
+    Shapes: dv, error, do [tokens, H, V]; dstates [chunks, H, V, K]; dfinal, dstate [rows, H, K, V]
+    (dfinal only if `enters`).
     """
     pid = tl.program_id(0).to(tl.int64)
     TILES: tl.constexpr = (V + BV - 1) // BV
@@ -338,38 +401,46 @@ def backward(
     out += keys
     do += values
     dv += values
+    error += values
     scores += square
-    inverse += square
+    inner += square
+    beta += first * H + h
     ends += (chunk * H + h) * K
     dstates += (chunk * H + h) * K * V
-    if ENTERS:
-        D = tl.trans(_load(dfinal + (row * H + h) * K * V, d, e, V, K, V, V % BV != 0))
-    else:
-        D = tl.zeros((BV, BK), tl.float32)
+    height = tl.where(enters != 0, K, 0)
+    D = tl.trans(_load(dfinal + (row * H + h) * K * V, d, e, V, height, V, V % BV != 0))
     for back in range(0, chunks):
         n = length - (chunks - 1 - back) * C
         writing = _load(out, i, d, H * K, n, K, K != BK)
         y = tl.trans(_load(do, i, e, H * V, n, V, V % BV != 0).to(OPERAND))
         p = _load(scores, i, i, H * C, n, C, False)
-        a = _load(inverse, i, i, H * C, n, C, False)
+        a = _load(inner, i, i, H * C, n, C, False)
+        b = tl.load(beta + i * H, mask=i < n, other=0.0).to(tl.float32)[None, :]
         reading = _load(read, i, d, H * K, n, K, K != BK)
         asking = _load(into, i, d, H * K, n, K, K != BK)
         kept = tl.load(ends + d, mask=d < K, other=0.0)
-        _store(dstates, D, e, d, K, V, K, K != BK)
+        if not MAP:
+            _store(dstates, D, e, d, K, V, K, K != BK)
         u = tl.dot(D.to(OPERAND), tl.trans(writing), input_precision=PRECISION)
-        u = tl.dot(y, p, u, input_precision=PRECISION).to(OPERAND)
+        u = tl.dot(y, p, u, input_precision=PRECISION)
         D *= kept[None, :]
         D = tl.dot(y, reading, D, input_precision=PRECISION)
-        x = tl.dot(u, a, input_precision=PRECISION)
-        _store(dv, tl.trans(x.to(OPERAND)), i, e, H * V, n, V, V % BV != 0)
-        D = tl.dot((-x).to(OPERAND), asking, D, input_precision=PRECISION)
+        u = tl.dot((u * -b).to(OPERAND), a, u, input_precision=PRECISION)
+        if not MAP:
+            _store(error, tl.trans(u), i, e, H * V, n, V, V % BV != 0)
+        u *= b
+        if not MAP:
+            _store(dv, tl.trans(u), i, e, H * V, n, V, V % BV != 0)
+        D = tl.dot((-u).to(OPERAND), asking, D, input_precision=PRECISION)
         read -= C * H * K
         into -= C * H * K
         out -= C * H * K
         do -= C * H * V
         dv -= C * H * V
+        error -= C * H * V
         scores -= C * H * C
-        inverse -= C * H * C
+        inner -= C * H * C
+        beta -= C * H
         ends -= H * K
         dstates -= H * K * V
     _store(dstate + (row * H + h) * K * V, tl.trans(D), d, e, V, K, V, V % BV != 0)
@@ -377,7 +448,7 @@ def backward(
 
 @triton.jit
 def pairs(
-    beta, do, dv, written, dscores, dlower, dself, dbeta, table,
+    beta, do, error, written, dscores, dlower, dself, dbeta, table,
     H: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -388,7 +459,7 @@ def pairs(
     n = (tl.load(table + piece * 3 + 2) - first).to(tl.int32)
     i, e = tl.arange(0, C), tl.arange(0, BV)
     do += (first * H + h) * V
-    dv += (first * H + h) * V
+    error += (first * H + h) * V
     written += (first * H + h) * V
     P = tl.zeros((C, C), tl.float32)
     L = tl.zeros((C, C), tl.float32)
@@ -396,7 +467,7 @@ def pairs(
     writes = tl.zeros((C,), tl.float32)
     for at in range(0, V, BV):
         y = _load(do, i, at + e, H * V, n, V, V % BV != 0)
-        u = _load(dv, i, at + e, H * V, n, V, V % BV != 0)
+        u = _load(error, i, at + e, H * V, n, V, V % BV != 0)
         w = _load(written, i, at + e, H * V, n, V, V % BV != 0)
         right = tl.trans(w.to(OPERAND))
         P = tl.dot(y.to(OPERAND), right, P, input_precision=PRECISION)
@@ -404,45 +475,37 @@ def pairs(
         w = w.to(tl.float32)
         diagonal += tl.sum(y.to(tl.float32) * w, 1)
         writes += tl.sum(u.to(tl.float32) * w, 1)
-    below = i[:, None] > i[None, :]
     dscores += (first * H + h) * C
     dlower += (first * H + h) * C
-    _store(dscores, tl.where(below, P, 0.0), i, i, H * C, n, C, False)
-    _store(dlower, tl.where(below, -L, 0.0), i, i, H * C, n, C, False)
     at = (first + i) * H + h
-    tl.store(dself + at, diagonal, mask=i < n)
-    b = tl.load(beta + at, mask=i < n, other=1.0).to(tl.float32)
-    b = tl.where(tl.abs(b) < LEAST, LEAST, b)
-    tl.store(dbeta + at, (writes / b / b).to(dbeta.dtype.element_ty), mask=i < n)
+    b = tl.load(beta + at, mask=i < n, other=0.0).to(tl.float32)
+    P = tl.where(i[:, None] > i[None, :], P * b[None, :], 0.0)
+    L = tl.where(i[:, None] > i[None, :], L * (-b)[:, None] * b[None, :], 0.0)
+    _store(dscores, P, i, i, H * C, n, C, False)
+    _store(dlower, L, i, i, H * C, n, C, False)
+    tl.store(dself + at, diagonal * b, mask=i < n)
+    tl.store(dbeta + at, writes.to(dbeta.dtype.element_ty), mask=i < n)
 
 
 @triton.jit
-def gradients(
-    q, k, log_a, do, dv, written, states, dstates, dscores, dlower, dself, far, dq, dk, dlog_a,
-    table,
+def _gradients(
+    q, k, beta, log_a, do, error, written, states, dstates, dscores, dlower, dself, dq, dk, dlog_a,
+    table, piece, h, tile,
     H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
     LEVELS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, OPERAND: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr, PARTS: tl.constexpr, FAR: tl.constexpr,
 ):  # fmt: skip
-    """dq, dk, dlog_a of BK channels of a chunk, all [tokens, H, K]; of far chunks, or the others.
-
-    The sum over time behind dlog_a begins anew in every chunk, from <S, D> of each channel. What
-    a token reads of its own writes has no gate, and never enters that sum.
-    """
-    pid = tl.program_id(0)
-    TILES: tl.constexpr = (K + BK - 1) // BK
-    piece, h, tile = (pid // TILES // H).to(tl.int64), pid // TILES % H, pid % TILES
-    if (tl.load(far + pid // TILES) != 0) != FAR:
-        return
+    """`gradients` of one tile of channels."""
     first = tl.load(table + piece * 3 + 1)
     n = (tl.load(table + piece * 3 + 2) - first).to(tl.int32)
     i, d, e = tl.arange(0, C), tile * BK + tl.arange(0, BK), tl.arange(0, BV)
     do += (first * H + h) * V
-    dv += (first * H + h) * V
+    error += (first * H + h) * V
     written += (first * H + h) * V
     states += (piece * H + h) * K * V
     dstates += (piece * H + h) * K * V
     at_keys = (first * H + h) * K
+    b = tl.load(beta + (first + i) * H + h, mask=i < n, other=0.0).to(tl.float32)[:, None]
     # One after the other: all three parts at once would not fit the registers.
     writes = tl.zeros((C, BK), tl.float32)
     kept = tl.zeros((BK,), tl.float32)
@@ -463,6 +526,7 @@ def gradients(
     own = tl.load(dself + (first + i) * H + h, mask=i < n, other=0.0)[:, None]
     since, until, end = _decays(g, C, PARTS)
     kept *= tl.exp2(end)
+    writes *= b
     if FAR:
         writes *= until
         kept += tl.sum(z * writes, 0)
@@ -470,60 +534,107 @@ def gradients(
             border = _border(g, level, C, PARTS)
             now = _across(level, C)
             pp, aa = tl.where(now, p, 0.0).to(OPERAND), tl.where(now, a, 0.0).to(OPERAND)
-            keys, reading = (z * border).to(OPERAND), (x * border).to(OPERAND)
+            near, reading = (z * border).to(OPERAND), (x * border).to(OPERAND)
             t = tl.dot(tl.trans(pp), reading, input_precision=PRECISION)
-            t = tl.dot(tl.trans(aa), keys, t, input_precision=PRECISION)
+            t = tl.dot(tl.trans(aa), near, t, input_precision=PRECISION)
             writes += t * border
+        dsum = -z * writes
     else:
         middle, rest = _middle(end)
         until *= tl.exp2(-rest)[None, :]
         since *= tl.exp2(-middle)[None, :]
-        keys, writes = z * until, writes * tl.exp2(rest)[None, :]
-        kept += tl.sum(keys * writes, 0)
-        keys = keys.to(OPERAND)
+        # Sums over time see keys and queries as the products do: what then cancels leaves nothing.
+        keys, writes = (z * until).to(OPERAND), writes * tl.exp2(rest)[None, :]
+        kept += tl.sum(keys.to(tl.float32) * writes, 0)
         reading, asking = (x * since).to(OPERAND), (z * since).to(OPERAND)
         writes = tl.dot(tl.trans(p), reading, writes, input_precision=PRECISION)
-        writes = tl.dot(tl.trans(a), asking, writes, input_precision=PRECISION) * until
-    dsum = -z * writes
+        writes = tl.dot(tl.trans(a), asking, writes, input_precision=PRECISION)
+        dsum = keys.to(tl.float32) * -writes
+        writes *= until
     asks = tl.zeros((C, BK), tl.float32)
     reads = tl.zeros((C, BK), tl.float32)
     for at in range(0, V, BV):
         S = _load(states, at + e, d, K, V, K, K % BK != 0)
-        u = _load(dv, i, at + e, H * V, n, V, V % BV != 0)
+        u = _load(error, i, at + e, H * V, n, V, V % BV != 0)
         asks = tl.dot(u, S, asks, input_precision=PRECISION)
+    asks *= -b
+    x = _again(q, i, d, HK * K, n, K, K % BK != 0).to(tl.float32)
+    z = _again(k, i, d, HK * K, n, K, K % BK != 0).to(tl.float32)
     if FAR:
-        asks *= -since
+        asks *= since
         for level in range(0, LEVELS):
             border = _border(g, level, C, PARTS)
             aa = tl.where(_across(level, C), a, 0.0).to(OPERAND)
-            keys = (z * border).to(OPERAND)
-            asks += tl.dot(aa, keys, input_precision=PRECISION) * border
+            asks += tl.dot(aa, (z * border).to(OPERAND), input_precision=PRECISION) * border
+        dsum += z * asks
     else:
-        asks *= -tl.exp2(middle)[None, :]
-        asks = tl.dot(a, keys, asks, input_precision=PRECISION) * since
-    x = _again(q, i, d, HK * K, n, K, K % BK != 0).to(tl.float32)
-    z = _again(k, i, d, HK * K, n, K, K % BK != 0).to(tl.float32)
-    dsum += z * asks
+        asks *= tl.exp2(middle)[None, :]
+        asks = tl.dot(a, keys, asks, input_precision=PRECISION)
+        dsum += (z * since).to(OPERAND).to(tl.float32) * asks
+        asks *= since
     _store(dk + at_keys, asks + writes + own * x, i, d, H * K, n, K, K % BK != 0)
     for at in range(0, V, BV):
         S = _load(states, at + e, d, K, V, K, K % BK != 0)
         y = _load(do, i, at + e, H * V, n, V, V % BV != 0).to(OPERAND)
         reads = tl.dot(y, S, reads, input_precision=PRECISION)
+    x = _again(q, i, d, HK * K, n, K, K % BK != 0).to(tl.float32)
+    z = _again(k, i, d, HK * K, n, K, K % BK != 0).to(tl.float32)
     if FAR:
         reads *= since
         for level in range(0, LEVELS):
             border = _border(g, level, C, PARTS)
             pp = tl.where(_across(level, C), p, 0.0).to(OPERAND)
-            keys = (z * border).to(OPERAND)
-            reads += tl.dot(pp, keys, input_precision=PRECISION) * border
+            reads += tl.dot(pp, (z * border).to(OPERAND), input_precision=PRECISION) * border
+        dsum += x * reads
     else:
         reads *= tl.exp2(middle)[None, :]
-        reads = tl.dot(p, keys, reads, input_precision=PRECISION) * since
-    x = _again(q, i, d, HK * K, n, K, K % BK != 0).to(tl.float32)
-    z = _again(k, i, d, HK * K, n, K, K % BK != 0).to(tl.float32)
-    dsum += x * reads
+        reads = tl.dot(p, keys, reads, input_precision=PRECISION)
+        dsum += (x * since).to(OPERAND).to(tl.float32) * reads
+        reads *= since
     _store(dq + at_keys, reads + own * z, i, d, H * K, n, K, K % BK != 0)
     dsum = _sums(i[:, None] <= i[None, :], dsum, 3 if WIDE else 2) + kept[None, :]
     g = _again(log_a, i, d, H * K, n, K, K % BK != 0).to(tl.float32)
     dsum = tl.where(g > FLOOR, dsum, 0.0)
     _store(dlog_a + at_keys, dsum, i, d, H * K, n, K, K % BK != 0)
+
+
+@triton.jit(do_not_specialize=["many"])
+def gradients(
+    q, k, beta, log_a, ends, do, error, written, states, dstates, dscores, dlower, dself,
+    dq, dk, dlog_a, table, many,
+    H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr,
+    C: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, PARTS: tl.constexpr,
+    FAR: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """dq, dk, dlog_a of a chunk of a head, all [tokens, H, K]; of far chunks, or the others.
+
+    A program computes BK channels of one chunk, or FAR all of those that are far of GROUP, of
+    `many` in all. The sum over time behind dlog_a begins anew in every chunk, from <S, D> of each
+    channel. What a token reads of its own writes has no gate, and never enters that sum.
+    """
+    pid = tl.program_id(0)
+    TILES: tl.constexpr = (K + BK - 1) // BK
+    every = tl.arange(0, KP)
+    if FAR:
+        for chunk in range(pid * GROUP, tl.minimum(pid * GROUP + GROUP, many)):
+            where = tl.zeros([], tl.int64) + chunk
+            piece, h = where // H, where % H
+            left = tl.load(ends + (piece * H + h) * K + every, mask=every < K, other=1.0)
+            if _is_far(left, WIDE):
+                for tile in range(0, TILES):
+                    _gradients(
+                        q, k, beta, log_a, do, error, written, states, dstates, dscores, dlower,
+                        dself, dq, dk, dlog_a, table, piece, h, tile,
+                        H, HK, K, V, C, LEVELS, BK, BV, OPERAND, PRECISION, WIDE, PARTS, FAR,
+                    )  # fmt: skip
+    else:
+        piece, h = (pid // TILES // H).to(tl.int64), pid // TILES % H
+        left = tl.load(ends + (piece * H + h) * K + every, mask=every < K, other=1.0)
+        if _is_far(left, WIDE):
+            return
+        _gradients(
+            q, k, beta, log_a, do, error, written, states, dstates, dscores, dlower, dself,
+            dq, dk, dlog_a, table, piece, h, pid % TILES,
+            H, HK, K, V, C, LEVELS, BK, BV, OPERAND, PRECISION, WIDE, PARTS, FAR,
+        )  # fmt: skip

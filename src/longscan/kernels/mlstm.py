@@ -1,4 +1,4 @@
-"""`mlstm` on a GPU: with the running maximum taken out of the gates one scan does it, used 4 times.
+"""`mlstm` on a GPU: with the running maximum taken out of the gates, a scan with scalar decays.
 
 Let m_t be the running maximum of `ops.mlstm`, a_t = log f_t + m_{t-1} - m_t and c_t = i_t - m_t.
 Neither is positive, and with [v | 1] for v the op is
@@ -8,8 +8,9 @@ Neither is positive, and with [v | 1] for v the op is
 m_t hangs on the gates only, so a small kernel finds it first (`gates`). The normaliser n, the last
 column of S, must keep its digits, as h divides by it: it has float32 sums of its own, outside the
 products (`weigh`, `carry`). `scores` then knows the products of a chunk and the denominators.
-What remains is `scan`: out_t = sum_s M_ts y_s + read_t r_t S, and S gains upd_s u_s y_s. It gives
-h, and with the roles of the tensors exchanged and time reversed the gradients of q, k and v.
+What remains are sums over the tokens of a chunk and products with the state: out_t = sum_s M_ts y_s
++ read_t r_t S. Forward, `scan` holds S and goes through the chunks. Backward, `walk` stores S
+before every chunk, and its gradient after it; of them `reads` makes the gradients of q, k and v.
 
 All tokens lie on one axis of N, a sequence after the other; [.., N] tensors have an axis of heads
 first. Chunks of C tokens begin where sequences begin. Logarithms are to the base 2. A letter d
@@ -23,6 +24,7 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 CLOSED = tl.constexpr(-48.0)  # lower log decays let nothing through that float32 could hold
+LEAST = tl.constexpr(-200.0)
 EMPTY = tl.constexpr(-1e30)
 
 
@@ -32,12 +34,9 @@ def _log_sigmoid(f):
     x = tl.exp2(-tl.abs(f) * LOG2E)
     z = x / (2 + x)
     y = z * z
-    p = y * (1.0 / 15) + 1.0 / 13
-    p = y * p + 1.0 / 11
-    p = y * p + 1.0 / 9
-    p = y * p + 1.0 / 7
-    p = y * p + 1.0 / 5
-    p = y * p + 1.0 / 3
+    p = 0.0 * y
+    for n in tl.static_range(15, 1, -2):
+        p = p * y + 1.0 / n
     return (tl.minimum(f, 0.0) - 2 * z * (y * p + 1)) * LOG2E
 
 
@@ -49,6 +48,15 @@ def _top(g1, m1, g2, m2):
 @triton.jit
 def _linear(a1, x1, a2, x2):
     return a1 * a2, x1 * a2 + x2
+
+
+@triton.jit
+def _there(o, N: tl.constexpr, B: tl.constexpr):
+    """Which of o are below N, where tiles of B may reach beyond it."""
+    there = tl.full(o.shape, True, tl.int1)
+    if N % B != 0:
+        there = o < N
+    return there
 
 
 @triton.jit(do_not_specialize=["N", "H"])
@@ -89,16 +97,16 @@ def _decays(f, m, m0, t, inside, begin, row, h, N, H, HAS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["N"])
 def weigh(
-    k, i, f, m0, m, a, c, cut, read, keep, total, bar, chunks, starts, N,
+    k, i, f, m0, m, steps, rest, gain, read, keep, total, bar, chunks, starts, N,
     H: tl.constexpr, K: tl.constexpr, HAS: tl.constexpr, BAR: tl.constexpr,
     C: tl.constexpr, KP: tl.constexpr,
 ):  # fmt: skip
     """What tokens weigh in their chunk; all [H, N] but total [chunks, H], bar [chunks, H, K].
 
-    a: the sum of log decays from the chunk's start but closed ones, which would drown the others;
-    cut: how many are closed; read: the weight of the state that enters; keep: that of a token in
-    the state that leaves; total: the whole chunk's decay; bar (with BAR): what the chunk adds to
-    the normaliser.
+    steps + rest: the sum of log decays from the chunk's start, its whole numbers apart, which are
+    exact whatever they add up to, so that large decays do not drown small ones; gain: c less rest;
+    read: the weight of the state that enters; keep: that of a token in the state that leaves;
+    total: the whole chunk's decay; bar (with BAR): what the chunk adds to the normaliser.
     """
     pid = tl.program_id(0).to(tl.int64)
     j, h = pid // H, pid % H
@@ -110,22 +118,20 @@ def weigh(
         at = k + (t[:, None] * H + h) * K + d[None, :]
         tile = tl.load(at, inside[:, None] & (d < K)[None, :], 0.0)
     x = _decays(f, m, m0, t, inside, tl.load(starts + row), row, h, N, H, HAS)
-    closed = x < CLOSED
-    x = tl.where(closed, 0.0, x)
-    gone = tl.where(closed, 1, 0)
-    last = tl.sum(gone, 0)
-    gone = tl.cumsum(gone, 0)
+    x = tl.maximum(x, LEAST)
+    whole = tl.floor(x + 0.5)
+    x -= whole
+    whole_end, x_end = tl.sum(whole, 0), tl.sum(x, 0)
     y = tl.load(i + t * H + h, inside, 0.0).to(tl.float32) * LOG2E
     y = tl.where(inside, y - tl.load(m + h * N + t, inside, 0.0), -1e4)
-    whole = tl.sum(x, 0)
-    x = tl.cumsum(x, 0)
-    weight = tl.where(gone == last, tl.exp2(tl.minimum(whole - x, 0.0) + y), 0.0)
-    tl.store(a + h * N + t, x, inside)
-    tl.store(cut + h * N + t, gone.to(tl.float32), inside)
-    tl.store(c + h * N + t, y, inside)
-    tl.store(read + h * N + t, tl.where(gone == 0, tl.exp2(x), 0.0), inside)
+    whole, x = tl.cumsum(whole, 0), tl.cumsum(x, 0)
+    weight = tl.exp2((whole_end - whole) + (x_end - x) + y)
+    tl.store(steps + h * N + t, whole, inside)
+    tl.store(rest + h * N + t, x, inside)
+    tl.store(gain + h * N + t, y - x, inside)
+    tl.store(read + h * N + t, tl.exp2(whole + x), inside)
     tl.store(keep + h * N + t, weight, inside)
-    tl.store(total + j * H + h, tl.where(last == 0, tl.exp2(whole), 0.0))
+    tl.store(total + j * H + h, tl.exp2(whole_end + x_end))
     if BAR:
         x = tl.sum(tile.to(tl.float32) * weight[:, None], 0)
         tl.store(bar + (j * H + h) * K + d, x, d < K)
@@ -177,70 +183,50 @@ def carry(
 
 
 @triton.jit
-def _weights(a, c, cut, line, o, u, left):
+def _weights(steps, rest, gain, line, o, u, left):
     """What tokens `u` of a chunk weigh in the state that its tokens `o` read; it has `left`."""
-    x = tl.load(a + line + o, o < left, 0.0)
-    y = tl.load(c + line + u, u < left, 0.0) - tl.load(a + line + u, u < left, 0.0)
-    cut_o = tl.load(cut + line + o, o < left, 0.0)
-    cut_u = tl.load(cut + line + u, u < left, 0.0)
-    seen = (o[:, None] >= u[None, :]) & (o < left)[:, None] & (cut_o[:, None] == cut_u[None, :])
-    return tl.exp2(tl.where(seen, x[:, None] + y[None, :], -1e4))
+    x = tl.load(steps + line + o, o < left, 0.0)
+    y = tl.load(steps + line + u, u < left, 0.0)
+    whole = x[:, None] - y[None, :]
+    x = tl.load(rest + line + o, o < left, 0.0)
+    y = tl.load(gain + line + u, u < left, 0.0)
+    seen = (o[:, None] >= u[None, :]) & (o < left)[:, None]
+    return tl.exp2(tl.where(seen, whole + (x[:, None] + y[None, :]), -1e4))
+
+
+@triton.jit
+def _products(
+    x, y, n, o, u, left, H: tl.constexpr, D: tl.constexpr, NORM: tl.constexpr, BD: tl.constexpr,
+    DT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """x_o . y_u for tokens of a chunk that has `left`, [N, H, D] each from there; NORM: x_o . n."""
+    od = tl.arange(0, BD)
+    x += o[:, None].to(tl.int64) * (H * D) + od[None, :]
+    y += u[:, None].to(tl.int64) * (H * D) + od[None, :]
+    p = tl.zeros([o.shape[0], u.shape[0]], tl.float32)
+    xn = tl.zeros([o.shape[0]], tl.float32)
+    for d0 in range(0, D, BD):
+        d = _there(d0 + od, D, BD)
+        xt = tl.load(x + d0, (o < left)[:, None] & d[None, :], 0.0)
+        yt = tl.load(y + d0, (u < left)[:, None] & d[None, :], 0.0)
+        p = tl.dot(xt.to(DT), tl.trans(yt.to(DT)), p, input_precision=PRECISION)
+        if NORM:
+            xn += tl.sum(xt.to(tl.float32) * tl.load(n + d0 + od, d, 0.0)[None, :], 1)
+    return p, xn
 
 
 @triton.jit(do_not_specialize=["N", "eps"])
 def scores(
-    q, k, m, a, c, cut, read, n, inv, side, over, M, chunks, N, eps,
-    H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, DT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """M [H, N, C], what tokens of a chunk read of each other, already over the denominator.
-
-    inv [H, N] = 1 / denominator; side: d denominator / d qn times inv; over: read times inv.
-    """
-    pid = tl.program_id(0).to(tl.int64)
-    j, h = pid // H, pid % H
-    t0, end = tl.load(chunks + j * 3 + 1), tl.load(chunks + j * 3 + 2)
-    o = tl.arange(0, C)
-    t = t0 + o
-    inside = t < end
-    p = tl.zeros([C, C], tl.float32)
-    qn = tl.zeros([C], tl.float32)
-    for d0 in range(0, K, BD):
-        d = d0 + tl.arange(0, BD)
-        mask = inside[:, None] & (d < K)[None, :]
-        at = (t[:, None] * H + h) * K + d[None, :]
-        x = tl.load(q + at, mask, 0.0)
-        y = tl.load(k + at, mask, 0.0)
-        p = tl.dot(x.to(DT), tl.trans(y.to(DT)), p, input_precision=PRECISION)
-        qn += tl.sum(x.to(tl.float32) * tl.load(n + (j * H + h) * K + d, d < K, 0.0)[None, :], 1)
-    p *= _weights(a, c, cut, h * N + t0, o, o, end - t0)
-    enter = tl.load(read + h * N + t, inside, 0.0)
-    qn = tl.sum(p, 1) + qn * enter
-    least = tl.exp2(-tl.load(m + h * N + t, inside, 0.0))
-    one = 1 / (tl.maximum(tl.abs(qn), least) + eps)
-    sign = tl.where(qn > 0, one, -one)
-    tl.store(inv + h * N + t, one, inside)
-    tl.store(over + h * N + t, one * enter, inside)
-    tl.store(side + h * N + t, tl.where(tl.abs(qn) > least, sign, 0.0), inside)
-    p *= one[:, None]
-    at = M + (h * N + t[:, None]) * C + o[None, :]
-    tl.store(at, p.to(M.dtype.element_ty), inside[:, None])
-
-
-@triton.jit(do_not_specialize=["N", "eps"])
-def queries(
-    q, k, v, do, a, c, cut, read, inv, side, n, s, M, dM, dq, product, over, dm, bar,
+    q, k, v, do, m, steps, rest, gain, read, n, over, inv, side, half, M, P,
     chunks, starts, first, N, eps,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, NC: tl.constexpr, C: tl.constexpr,
-    R: tl.constexpr, KP: tl.constexpr, BD: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BACK: tl.constexpr, NC: tl.constexpr,
+    C: tl.constexpr, R: tl.constexpr, BD: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq of R tokens and its products with q; M again, and dM, its like for the gradients of keys.
+    """M [H, N, C], what R tokens of a chunk read of its C, already over the denominator.
 
-    s [chunks, H, K, V], the states before chunks; n those of the normaliser, its chunks of NC
-    tokens counted by `first`. over [H, N]: read over the denominator; dm: gradient of m through
-    eps; bar [chunks, H, C / R, K]: what q adds to the normaliser's gradient. How much a denominator
-    weighs, h . dh, is the product of q with its own gradient through the numerator, never that of a
-    rounded h: where one token rules an output, the gradients through both cancel.
+    n: the normaliser before chunks of NC tokens, counted by `first`. over [H, N]: `read` over the
+    denominator. BACK adds P [H, N, C], do_t . v_s over the denominator of t; inv, 1 / denominator;
+    side, inv times d denominator / d qn; half, what the chunk's own tokens add to h . dh.
     """
     pid = tl.program_id(0).to(tl.int64)
     part, pid = pid % (C // R), pid // (C // R)
@@ -248,227 +234,162 @@ def queries(
     row, t0, end = tl.load(chunks + j * 3), tl.load(chunks + j * 3 + 1), tl.load(chunks + j * 3 + 2)
     left = (end - t0).to(tl.int32)
     o = (part * R).to(tl.int32) + tl.arange(0, R)
-    oc = tl.arange(0, C)
-    e = tl.arange(0, KP)
-    od = tl.arange(0, BD)
+    u = tl.arange(0, C)
     inside = o < left
-    mine = inside[:, None]
-    all = (oc < left)[:, None]
-    upper = tl.full([KP, BD], True, tl.int1)
-    if K != KP:
-        mine &= (e < K)[None, :]
-        all &= (e < K)[None, :]
-        upper &= (e < K)[:, None]
-    read_v = v + (t0 * H + h) * V + oc[:, None].to(tl.int64) * (H * V) + od[None, :]
-    read_do = do + (t0 * H + h) * V + o[:, None].to(tl.int64) * (H * V) + od[None, :]
-    read_s = s + pid * K * V + e[:, None].to(tl.int64) * V + od[None, :]
-    along = (t0 * H + h) * K + o[:, None].to(tl.int64) * (H * K) + e[None, :]
-    keys = k + (t0 * H + h) * K + oc[:, None].to(tl.int64) * (H * K) + e[None, :]
-    # q and k are loaded anew for every use: they take as many registers as x.
-    qt = tl.load(q + along, mine, 0.0).to(DT)
-    kt = tl.load(keys, all, 0.0).to(DT)
     line = h * N + t0
-    one = tl.load(inv + line + o, inside, 0.0)
+    at, j = t0 * H + h, tl.load(first + row) + (t0 - tl.load(starts + row)) // NC
+    n += (j * H + h) * K
+    p, qn = _products(q + at * K, k + at * K, n, o, u, left, H, K, True, BD, DT, PRECISION)
+    p *= _weights(steps, rest, gain, line, o, u, left)
     enter = tl.load(read + line + o, inside, 0.0)
-    tl.store(over + line + o, enter * one, inside)
-    seen = tl.dot(qt, tl.trans(kt), input_precision=PRECISION)
-    seen *= _weights(a, c, cut, line, o, oc, left) * one[:, None]
-    square = line * C + o[:, None] * C + oc[None, :]
-    tl.store(M + square, seen.to(M.dtype.element_ty), inside[:, None])
-    x = tl.zeros([R, KP], tl.float32)
-    p = tl.zeros([R, C], tl.float32)
-    for d0 in range(0, V, BD):
-        mask = inside[:, None]
-        wide = (oc < left)[:, None]
-        lower = upper
-        if V % BD != 0:
-            mask &= (d0 + od < V)[None, :]
-            wide &= (d0 + od < V)[None, :]
-            lower &= (d0 + od < V)[None, :]
-        g = tl.load(read_do + d0, mask, 0.0).to(DT)
-        y = tl.load(read_v + d0, wide, 0.0).to(DT)
-        S = tl.load(read_s + d0, lower, 0.0).to(DT)
-        p = tl.dot(g, tl.trans(y), p, input_precision=PRECISION)
-        x = tl.dot(g, tl.trans(S), x, input_precision=PRECISION)
-    delta = tl.sum(seen * p, 1)
-    x *= (enter * one)[:, None]
-    qt = tl.load(q + along, mine, 0.0).to(tl.float32)
-    delta += tl.sum(x * qt, 1)
-    dqn = -delta * tl.load(side + line + o, inside, 0.0)
-    weight = dqn * enter
-    tl.store(dm + line + o, -eps * delta * one, inside)
-    p = _weights(a, c, cut, line, o, oc, left) * (p * one[:, None] + dqn[:, None])
-    tl.store(dM + square, p.to(dM.dtype.element_ty), inside[:, None])
-    qt = tl.load(q + along, mine, 0.0).to(tl.float32)
-    sums = bar + (pid * (C // R) + part) * K + e
-    tl.store(sums, tl.sum(qt * weight[:, None], 0), e < K)
-    j = tl.load(first + row) + (t0 - tl.load(starts + row)) // NC
-    nt = tl.load(n + (j * H + h) * K + e, e < K, 0.0)
-    x += weight[:, None] * nt[None, :]
-    kt = tl.load(keys, all, 0.0).to(DT)
-    x = tl.dot(p.to(DT), kt, x, input_precision=PRECISION)
-    tl.store(dq + along, x.to(dq.dtype.element_ty), mine)
-    qt = tl.load(q + along, mine, 0.0).to(tl.float32)
-    tl.store(product + line + o, tl.sum(x * qt, 1), inside)
+    qn = tl.sum(p, 1) + qn * enter
+    least = tl.exp2(-tl.load(m + line + o, inside, 0.0))
+    one = 1 / (tl.maximum(tl.abs(qn), least) + eps)
+    tl.store(over + line + o, one * enter, inside)
+    p *= one[:, None]
+    square = line * C + o[:, None] * C + u[None, :]
+    tl.store(M + square, p.to(M.dtype.element_ty), inside[:, None])
+    if BACK:
+        tl.store(inv + line + o, one, inside)
+        sign = tl.where(qn > 0, one, -one)
+        tl.store(side + line + o, tl.where(tl.abs(qn) > least, sign, 0.0), inside)
+        dp, _n = _products(do + at * V, v + at * V, n, o, u, left, H, V, False, BD, DT, PRECISION)
+        tl.store(half + line + o, tl.sum(p * dp, 1), inside)
+        tl.store(P + square, dp * one[:, None], inside[:, None])
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "eps"])
 def reads(
-    r, y, M, s, n, mate, keep, out, product, chunks, N,
-    H: tl.constexpr, D: tl.constexpr, W: tl.constexpr, OVER: tl.constexpr, NORM: tl.constexpr,
-    C: tl.constexpr, R: tl.constexpr, BD: tl.constexpr, BW: tl.constexpr, DT: tl.constexpr,
+    r, y, M, dM, s, n, mate, weight, out, product, do, dv, P,
+    steps, rest, gain, read, inv, side, half, dm, bar, chunks, starts, first, N, eps,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, QUERY: tl.constexpr, NC: tl.constexpr,
+    C: tl.constexpr, R: tl.constexpr, BD: tl.constexpr, KP: tl.constexpr, DT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out_s = sum_t M_ts y_t + keep_s r_s dS for R tokens, dk or dv, where dS is known.
+    """Gradients of R tokens of a chunk, out_t = weight_t s r_t + sum_s dM_ts y_s, of the queries (r
+    is do, y is k, s the states before chunks) or of the keys (r is v, y is q, s the gradients of
+    the states after chunks, dM taken the other way), of the latter also those of the values,
 
-    r [N, H, D]; y, out [N, H, W]; s, the gradients of the states after chunks, [chunks, H, D, W] if
-    OVER, else [chunks, H, W, D]. NORM adds keep_s n, n [chunks, H, W], and gives the products
-    mate_s . out_s, one sum per tile of W.
+        dv_s = weight_s k_s s + sum_t M_ts do_t.
+
+    s [chunks, H, K, V]. Both have a term of the normaliser, n [chunks of NC tokens, H, K], or its
+    gradient, and give the products of out_t with `mate`, which is q or k.
+
+    QUERY makes dM, of P of `scores`. How much a denominator weighs, h . dh, is the product of q
+    with its own gradient through the numerator, never that of a rounded h: where one token rules an
+    output, the gradients through both cancel. dm: gradient of m through eps; bar [chunks, H, C / R,
+    K]: what q adds to the normaliser's gradient.
     """
     pid = tl.program_id(0).to(tl.int64)
-    tiles: tl.constexpr = tl.cdiv(W, BW)
     part, pid = pid % (C // R), pid // (C // R)
-    tile, pid = pid % tiles, pid // tiles
     j, h = pid // H, pid % H
-    t0, end = tl.load(chunks + j * 3 + 1), tl.load(chunks + j * 3 + 2)
+    row, t0, end = tl.load(chunks + j * 3), tl.load(chunks + j * 3 + 1), tl.load(chunks + j * 3 + 2)
     left = (end - t0).to(tl.int32)
     o = (part * R).to(tl.int32) + tl.arange(0, R)
-    oc = tl.arange(0, C)
+    u = tl.arange(0, C)
     od = tl.arange(0, BD)
-    w = (tile * BW).to(tl.int32) + tl.arange(0, BW)
-    inside = o < left
-    mine = inside[:, None]
-    all = (oc < left)[:, None]
-    if W % BW != 0:
-        mine &= (w < W)[None, :]
-        all &= (w < W)[None, :]
-    across = o[:, None].to(tl.int64) * (H * D) + od[None, :]
-    along = o[:, None].to(tl.int64) * (H * W) + w[None, :]
-    chunk = oc[:, None].to(tl.int64) * (H * W) + w[None, :]
-    down = od[:, None].to(tl.int64) * W + w[None, :]
-    right = w[:, None].to(tl.int64) * D + od[None, :]
-    x = tl.zeros([R, BW], tl.float32)
-    for d0 in range(0, D, BD):
-        d = d0 + od
-        rt = tl.load(
-            r + (t0 * H + h) * D + d0 + across, inside[:, None] & (d < D)[None, :], 0.0
-        ).to(DT)
-        if OVER:
-            S = tl.load(s + (pid * D + d0) * W + down, (d < D)[:, None] & (w < W)[None, :], 0.0).to(
-                DT
-            )
-        else:
-            S = tl.load(s + pid * D * W + d0 + right, (w < W)[:, None] & (d < D)[None, :], 0.0)
-            S = tl.trans(S.to(DT))
-        x = tl.dot(rt, S, x, input_precision=PRECISION)
+    e = tl.arange(0, KP)
+    inside, there = o < left, _there(e, K, KP)
+    mine = inside[:, None] & there[None, :]
+    at = t0 * H + h
     line = h * N + t0
-    weight = tl.load(keep + line + o, inside, 0.0)
-    x *= weight[:, None]
-    yt = tl.load(y + (t0 * H + h) * W + chunk, all, 0.0).to(DT)
-    square = line * C + oc[:, None] * C + o[None, :]
-    Mt = tl.load(M + square, (oc < left)[:, None], 0.0).to(DT)
-    x = tl.dot(tl.trans(Mt), yt, x, input_precision=PRECISION)
-    if NORM:
-        nt = tl.load(n + pid * W + w, w < W, 0.0)
-        x += weight[:, None] * nt[None, :]
-        like = tl.load(mate + (t0 * H + h) * W + along, mine, 0.0).to(tl.float32)
-        tl.store(product + tile * H * N + line + o, tl.sum(x * like, 1), inside)
-    tl.store(out + (t0 * H + h) * W + along, x.to(out.dtype.element_ty), mine)
+    r += at * V + o[:, None].to(tl.int64) * (H * V) + od[None, :]
+    s0 = s
+    s += pid * K * V + e[:, None].to(tl.int64) * V + od[None, :]
+    along = at * K + o[:, None].to(tl.int64) * (H * K) + e[None, :]
+    own = tl.load(weight + line + o, inside, 0.0)
+    if not QUERY:
+        do += at * V + u[:, None].to(tl.int64) * (H * V) + od[None, :]
+        dv += at * V + o[:, None].to(tl.int64) * (H * V) + od[None, :]
+        if tl.bfloat16 == DT:
+            kt = tl.load(mate + along, mine, 0.0).to(DT)
+        square = line * C + u[:, None] * C + o[None, :]
+        Mt = tl.trans(tl.load(M + square, (u < left)[:, None], 0.0).to(DT))
+    x = tl.zeros([R, KP], tl.float32)
+    for d0 in range(0, V, BD):
+        d = _there(d0 + od, V, BD)
+        rt = tl.load(r + d0, inside[:, None] & d[None, :], 0.0).to(DT)
+        S = tl.load(s + d0, there[:, None] & d[None, :], 0.0).to(DT)
+        x = tl.dot(rt, tl.trans(S), x, input_precision=PRECISION)
+        if not QUERY:
+            g = tl.load(do + d0, (u < left)[:, None] & d[None, :], 0.0).to(DT)
+            if tl.bfloat16 == DT:
+                z = tl.dot(kt, S)
+            else:  # in pieces, as registers are few
+                z = tl.zeros([R, BD], tl.float32)
+                for e0 in range(0, K, BD):
+                    c = _there(e0 + od, K, BD)
+                    a = at * K + o[:, None].to(tl.int64) * (H * K) + e0 + od[None, :]
+                    a = tl.load(mate + a, inside[:, None] & c[None, :], 0.0).to(DT)
+                    b = pid * K * V + (e0 + od)[:, None].to(tl.int64) * V + d0 + od[None, :]
+                    b = tl.load(s0 + b, c[:, None] & d[None, :], 0.0).to(DT)
+                    z = tl.dot(a, b, z, input_precision=PRECISION)
+            z = tl.dot(Mt, g, z * own[:, None], input_precision=PRECISION)
+            tl.store(dv + d0, z.to(dv.dtype.element_ty), inside[:, None] & d[None, :])
+    x *= own[:, None]
+    j = tl.load(first + row) + (t0 - tl.load(starts + row)) // NC
+    nt = tl.load(n + (j * H + h) * K + e, e < K, 0.0)
+    if QUERY:
+        like = tl.load(mate + along, mine, 0.0).to(tl.float32)
+        delta = tl.load(half + line + o, inside, 0.0) + tl.sum(x * like, 1)
+        dqn = -delta * tl.load(side + line + o, inside, 0.0)
+        tl.store(dm + line + o, -eps * delta * tl.load(inv + line + o, inside, 0.0), inside)
+        own = dqn * tl.load(read + line + o, inside, 0.0)
+        tl.store(bar + (pid * (C // R) + part) * K + e, tl.sum(like * own[:, None], 0), e < K)
+        square = line * C + o[:, None] * C + u[None, :]
+        p = tl.load(P + square, inside[:, None], 0.0) + dqn[:, None]
+        p = (p * _weights(steps, rest, gain, line, o, u, left)).to(dM.dtype.element_ty)
+        tl.store(dM + square, p, inside[:, None])
+    else:
+        square = line * C + u[:, None] * C + o[None, :]
+        p = tl.trans(tl.load(dM + square, (u < left)[:, None], 0.0))
+    y += at * K + u[:, None].to(tl.int64) * (H * K) + e[None, :]
+    yt = tl.load(y, (u < left)[:, None] & there[None, :], 0.0).to(DT)
+    x += own[:, None] * nt[None, :]
+    x = tl.dot(p.to(DT), yt, x, input_precision=PRECISION)
+    like = tl.load(mate + along, mine, 0.0).to(tl.float32)  # anew, as registers are few
+    tl.store(product + line + o, tl.sum(x * like, 1), inside)
+    tl.store(out + along, x.to(out.dtype.element_ty), mine)
 
 
-@triton.jit(do_not_specialize=["N"])
-def states(
-    k, v, keep, total, s, decay, table, first, starts, N,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, REVERSE: tl.constexpr,
-    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
+@triton.jit
+def _entering(
+    x, sums, b, h, blocks, row, at, whole, H: tl.constexpr, SIZE: tl.constexpr,
+    REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """What each block of `table` adds to the state (REVERSE: to its gradient, from q and do).
+    """The state x before a sequence carried to its block b (REVERSE: its gradient, from the end).
 
-    s [blocks, H, K, V]; decay [blocks, H], that of the whole block.
+    sums [blocks, H, SIZE + 4]: what each block adds to the state, and its decay; blocks: the first
+    of each sequence.
     """
-    pid = tl.program_id(0).to(tl.int64)
-    tiles: tl.constexpr = tl.cdiv(K, BK) * tl.cdiv(V, BV)
-    tile, pid = pid % tiles, pid // tiles
-    b, h = pid // H, pid % H
-    row, begin, end = tl.load(table + b * 3), tl.load(table + b * 3 + 1), tl.load(table + b * 3 + 2)
-    j0 = tl.load(first + row) + (begin - tl.load(starts + row)) // C
-    count = (end - begin + C - 1) // C
-    dk = (tile // tl.cdiv(V, BV) * BK).to(tl.int32) + tl.arange(0, BK)
-    dv = (tile % tl.cdiv(V, BV) * BV).to(tl.int32) + tl.arange(0, BV)
-    oc = tl.arange(0, C)
-    down = oc[None, :].to(tl.int64) * (H * K) + dk[:, None]
-    along = oc[:, None].to(tl.int64) * (H * V) + dv[None, :]
-    x = tl.zeros([BK, BV], tl.float32)
-    whole = tl.full([], 1.0, tl.float32)
-    for p in range(0, count):
-        i = p
-        if REVERSE:
-            i = count - 1 - p
-        t0 = begin + i * C
-        inside = oc < (end - t0).to(tl.int32)
-        tall = inside[None, :]
-        wide = inside[:, None]
-        if K % BK != 0:
-            tall &= (dk < K)[:, None]
-        if V % BV != 0:
-            wide &= (dv < V)[None, :]
-        a = tl.load(k + (t0 * H + h) * K + down, tall, 0.0).to(tl.float32)
-        y = tl.load(v + (t0 * H + h) * V + along, wide, 0.0)
-        a *= tl.load(keep + h * N + t0 + oc, inside, 0.0)[None, :]
-        g = tl.load(total + (j0 + i) * H + h)
-        whole *= g
-        x *= g
-        x = tl.dot(a.to(DT), y.to(DT), x, input_precision=PRECISION)
-    spot = s + pid * K * V + dk[:, None] * V + dv[None, :]
-    tl.store(spot, x.to(s.dtype.element_ty), (dk < K)[:, None] & (dv < V)[None, :])
-    if tile == 0:
-        tl.store(decay + pid, whole)
-
-
-@triton.jit(do_not_specialize=["H"])
-def combine(
-    s, decay, s0, s_end, firsts, H,
-    K: tl.constexpr, V: tl.constexpr, HAS: tl.constexpr, REVERSE: tl.constexpr, B: tl.constexpr,
-):  # fmt: skip
-    """Puts the state (REVERSE: its gradient, from the right) that enters each block into s.
-
-    s0, s_end [rows, H, K, V + 1] without the last column; firsts: the first block of each row.
-    """
-    pid = tl.program_id(0).to(tl.int64)
-    pieces: tl.constexpr = tl.cdiv(K * V, B)
-    piece, pid = pid % pieces, pid // pieces
-    row, h = pid // H, pid % H
-    e = (piece * B).to(tl.int32) + tl.arange(0, B)
-    whole = e < K * V
-    edge = pid * K * (V + 1) + e + e // V
-    b0, b1 = tl.load(firsts + row), tl.load(firsts + row + 1)
-    x = tl.zeros([B], tl.float32)
-    if HAS:
-        x = tl.load(s0 + edge, whole, 0.0)
-    for p in range(0, b1 - b0):
-        b = b0 + p
-        if REVERSE:
-            b = b1 - 1 - p
-        at = (b * H + h) * K * V + e
-        y = tl.load(s + at, whole, 0.0)
-        tl.store(s + at, x, whole)
-        x = x * tl.load(decay + b * H + h) + y
-    tl.store(s_end + edge, x, whole)
+    e = tl.load(blocks + row)
+    count = b - e
+    if REVERSE:
+        e = tl.load(blocks + row + 1) - 1
+        count = e - b
+    for _p in range(0, count):
+        base = sums + (e * H + h) * (SIZE + 4)
+        x = x * tl.load(base + SIZE) + tl.load(base + at, whole, 0.0)
+        e += -1 if REVERSE else 1
+    return x
 
 
 @triton.jit(do_not_specialize=["N", "borders"])
 def walk(
-    k, v, keep, total, entry, s, s_end, s0, other, product,
-    table, first, firsts, starts, N, borders,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, HAS: tl.constexpr, EXTRA: tl.constexpr,
-    HAS0: tl.constexpr, FINAL: tl.constexpr, REVERSE: tl.constexpr, G: tl.constexpr,
+    k, v, keep, total, x0, sums, s, s_end, s0, other, product,
+    table, blocks, first, firsts, starts, N, borders,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, HAS: tl.constexpr, HAS0: tl.constexpr,
+    SPLIT: tl.constexpr, SUM: tl.constexpr, REVERSE: tl.constexpr, G: tl.constexpr,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """s [chunks, H, K, V], the states before chunks (REVERSE: their gradients after chunks).
 
-    entry: what enters each block of `table`, [blocks, H, K, V + EXTRA]. REVERSE also multiplies the
-    gradients with the states, `other` or s0, at every G-th left border of a chunk: product [tiles,
-    borders, H], one sum per tile; firsts: the first such border of each sequence.
+    One program for each block of `table`. x0 [rows, H, K, V + 1], without its last column: what
+    enters sequences; SPLIT: they have several blocks, sums are as in `_entering`. REVERSE also
+    gives the gradient s_end, like x0, of the first state, s0, and multiplies the gradients with the
+    states, `other` or s0, at every G-th left border of a chunk: product [tiles, borders, H], one
+    sum per tile; firsts: the first such border of each sequence.
+    SUM gives `sums` alone, without the last block of a sequence, which no other follows.
     """
     pid = tl.program_id(0).to(tl.int64)
     tiles: tl.constexpr = tl.cdiv(K, BK) * tl.cdiv(V, BV)
@@ -478,68 +399,71 @@ def walk(
     origin = tl.load(starts + row)
     j0 = tl.load(first + row) + (begin - origin) // C
     count = (end - begin + C - 1) // C
-    groups = (count + G - 1) // G
+    ends = end == tl.load(starts + row + 1)
+    if REVERSE:
+        ends = begin == origin
+    if SUM:
+        count = tl.where(ends, 0, count)
     dk = (tile // tl.cdiv(V, BV) * BK).to(tl.int32) + tl.arange(0, BK)
     dv = (tile % tl.cdiv(V, BV) * BV).to(tl.int32) + tl.arange(0, BV)
     oc = tl.arange(0, C)
     down = oc[None, :].to(tl.int64) * (H * K) + dk[:, None]
     along = oc[:, None].to(tl.int64) * (H * V) + dv[None, :]
-    whole = (dk < K)[:, None] & (dv < V)[None, :]
+    tall, wide = _there(dk, K, BK)[:, None], _there(dv, V, BV)[None, :]
+    whole = tall & wide
     spot = dk[:, None] * V + dv[None, :]
     edge = (row * H + h) * K * (V + 1) + dk[:, None] * (V + 1) + dv[None, :]
     x = tl.zeros([BK, BV], tl.float32)
-    if HAS:
-        enters = entry + pid * K * (V + EXTRA) + dk[:, None] * (V + EXTRA) + dv[None, :]
-        x = tl.load(enters, whole, 0.0)
-    for group in range(0, groups):
-        i0 = group * G
+    if HAS and not SUM:
+        x = tl.load(x0 + edge, whole, 0.0)
+    if SPLIT and not SUM:
+        x = _entering(x, sums, b, h, blocks, row, spot, whole, H, K * V, REVERSE)
+    decay = tl.full([], 1.0, tl.float32)
+    for p in range(0, count):
+        i = p
         if REVERSE:
-            i0 = (groups - 1 - group) * G
-        own = tl.minimum(count - i0, G)
-        for p in range(0, own):
-            i = i0 + p
-            if REVERSE:
-                i = i0 + own - 1 - p
-            t0 = begin + i * C
-            inside = oc < (end - t0).to(tl.int32)
-            tall = inside[None, :]
-            wide = inside[:, None]
-            if K % BK != 0:
-                tall &= (dk < K)[:, None]
-            if V % BV != 0:
-                wide &= (dv < V)[None, :]
-            a = tl.load(k + (t0 * H + h) * K + down, tall, 0.0).to(tl.float32)
-            y = tl.load(v + (t0 * H + h) * V + along, wide, 0.0)
-            a *= tl.load(keep + h * N + t0 + oc, inside, 0.0)[None, :]
-            g = tl.load(total + (j0 + i) * H + h)
-            tl.store(s + ((j0 + i) * H + h) * K * V + spot, x.to(s.dtype.element_ty), whole)
-            x *= g
-            x = tl.dot(a.to(DT), y.to(DT), x, input_precision=PRECISION)
-        if REVERSE:
-            if begin + i0 == origin:
-                like = tl.zeros([BK, BV], tl.float32)
-                if HAS0:
-                    like = tl.load(s0 + edge, whole, 0.0)
-            else:
-                at = other + ((j0 + i0) * H + h) * K * V + spot
-                like = tl.load(at, whole, 0.0).to(tl.float32)
-            border = tl.load(firsts + row) + (begin - origin) // (C * G) + i0 // G
-            tl.store(product + (tile * borders + border) * H + h, tl.sum(tl.sum(x * like, 1), 0))
-    if FINAL:
-        tl.store(s_end + edge, x, whole)
+            i = count - 1 - p
+        t0 = begin + i * C
+        inside = oc < (end - t0).to(tl.int32)
+        a = tl.load(k + (t0 * H + h) * K + down, inside[None, :] & tall, 0.0).to(tl.float32)
+        y = tl.load(v + (t0 * H + h) * V + along, inside[:, None] & wide, 0.0)
+        a *= tl.load(keep + h * N + t0 + oc, inside, 0.0)[None, :]
+        g = tl.load(total + (j0 + i) * H + h)
+        at = ((j0 + i) * H + h) * K * V + spot
+        if SUM:
+            decay *= g
+        else:
+            tl.store(s + at, x.to(s.dtype.element_ty), whole)
+        x *= g
+        high = a.to(DT)
+        x = tl.dot(high, y.to(DT), x, input_precision=PRECISION)
+        if REVERSE and tl.bfloat16 == DT:  # the gradient of the first m is a difference of sums
+            x = tl.dot((a - high.to(tl.float32)).to(DT), y.to(DT), x)
+        if REVERSE and not SUM and i % G == 0:
+            like = tl.load(other + at, whole & (t0 != origin), 0.0).to(tl.float32)
+            if HAS0:
+                like += tl.load(s0 + edge, whole & (t0 == origin), 0.0)
+            border = tl.load(firsts + row) + (t0 - origin) // (C * G)
+            to = product + (tile * borders + border) * H + h
+            tl.store(to, tl.sum(tl.sum(x * like, 1), 0))
+    if SUM:
+        sums += pid * (K * V + 4)
+        tl.store(sums + spot, x, whole)
+        tl.store(sums + K * V, decay, tile == 0)
+    elif REVERSE:
+        tl.store(s_end + edge, x, whole & ends)
 
 
 @triton.jit(do_not_specialize=["N"])
 def scan(
-    q, k, v, M, read, keep, total, entry, s_end, out, table, first, starts, N,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, HAS: tl.constexpr, EXTRA: tl.constexpr,
-    FINAL: tl.constexpr, C: tl.constexpr, KP: tl.constexpr, BV: tl.constexpr, DT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    q, k, v, M, read, keep, total, s0, sums, s_end, out, table, blocks, first, starts, N,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, HAS: tl.constexpr, SPLIT: tl.constexpr,
+    C: tl.constexpr, KP: tl.constexpr, BV: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """h_t = sum_s M_ts v_s + read_t q_t S, where the state gains keep_s k_s v_s.
 
-    S enters each block of `table` from `entry`, [blocks, H, K, V + EXTRA]. It is kept transposed,
-    so that q and k go to the tensor cores as they are loaded.
+    s0, s_end [rows, H, K, V + 1], without the last column; blocks of sequences as in `walk`. S is
+    kept transposed, so that q and k go to the tensor cores as they are loaded.
     """
     pid = tl.program_id(0).to(tl.int64)
     tiles: tl.constexpr = tl.cdiv(V, BV)
@@ -551,39 +475,35 @@ def scan(
     d = tl.arange(0, KP)
     w = (tile * BV).to(tl.int32) + tl.arange(0, BV)
     oc = tl.arange(0, C)
-    whole = (w < V)[:, None] & (d < K)[None, :]
+    wide, thin = _there(d, K, KP)[None, :], _there(w, V, BV)[:, None]
     S = tl.zeros([BV, KP], tl.float32)
+    edge = (row * H + h) * K * (V + 1) + d[None, :] * (V + 1) + w[:, None]
     if HAS:
-        at = entry + pid * K * (V + EXTRA) + d[None, :] * (V + EXTRA) + w[:, None]
-        S = tl.load(at, whole, 0.0)
+        S = tl.load(s0 + edge, wide & thin, 0.0)
+    if SPLIT:
+        spot = d[None, :] * V + w[:, None]
+        S = _entering(S, sums, b, h, blocks, row, spot, wide & thin, H, K * V, False)
     across = oc[:, None].to(tl.int64) * (H * K) + d[None, :]
     along = oc[None, :].to(tl.int64) * (H * V) + w[:, None]
     square = oc[:, None] * C + oc[None, :]
     for i in range(0, count):
         t0 = begin + i * C
         inside = oc < (end - t0).to(tl.int32)
-        wide = inside[:, None]
-        thin = inside[None, :]
-        if K != KP:
-            wide &= (d < K)[None, :]
-        if V % BV != 0:
-            thin &= (w < V)[:, None]
         line = h * N + t0
-        qt = tl.load(q + (t0 * H + h) * K + across, wide, 0.0).to(DT)
-        kt = tl.load(k + (t0 * H + h) * K + across, wide, 0.0).to(DT)
-        vt = tl.load(v + (t0 * H + h) * V + along, thin, 0.0)
+        qt = tl.load(q + (t0 * H + h) * K + across, inside[:, None] & wide, 0.0).to(DT)
+        kt = tl.load(k + (t0 * H + h) * K + across, inside[:, None] & wide, 0.0).to(DT)
+        vt = tl.load(v + (t0 * H + h) * V + along, inside[None, :] & thin, 0.0)
         Mt = tl.load(M + line * C + square, inside[:, None], 0.0).to(DT)
         g = tl.load(total + (j0 + i) * H + h)
         x = tl.dot(S.to(DT), tl.trans(qt), input_precision=PRECISION)
         x *= tl.load(read + line + oc, inside, 0.0)[None, :]
         x = tl.dot(vt.to(DT), tl.trans(Mt), x, input_precision=PRECISION)
-        tl.store(out + (t0 * H + h) * V + along, x.to(out.dtype.element_ty), thin)
+        to = out + (t0 * H + h) * V + along
+        tl.store(to, x.to(out.dtype.element_ty), inside[None, :] & thin)
         vt = (vt.to(tl.float32) * tl.load(keep + line + oc, inside, 0.0)[None, :]).to(DT)
         S *= g
         S = tl.dot(vt, kt, S, input_precision=PRECISION)
-    if FINAL:
-        edge = s_end + (row * H + h) * K * (V + 1) + d[None, :] * (V + 1) + w[:, None]
-        tl.store(edge, S, whole)
+    tl.store(s_end + edge, S, wide & thin & (end == tl.load(starts + row + 1)))
 
 
 @triton.jit(do_not_specialize=["N", "H"])
@@ -614,8 +534,8 @@ def routes(i, m, dm, dm_end, D, starts, N, H, B: tl.constexpr):
 def gates_backward(
     i, f, m0, m, D, qdq, kdk, product, n, dn, ds0, tail, di, df, dm0,
     table, first, first_n, starts, N, H, blocks,
-    K: tl.constexpr, V: tl.constexpr, HAS: tl.constexpr, TILES: tl.constexpr,
-    BORDERS: tl.constexpr, NC: tl.constexpr, C: tl.constexpr, B: tl.constexpr, KP: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, HAS: tl.constexpr, BORDERS: tl.constexpr,
+    NC: tl.constexpr, C: tl.constexpr, B: tl.constexpr, KP: tl.constexpr,
     BP: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the gates in a block of at most B tokens.
@@ -637,15 +557,12 @@ def gates_backward(
     ahead = end < tl.load(starts + row + 1)
     at = tl.load(first_n + row) + (begin - origin) // NC
     nt = tl.load(n + (at * H + h) * K + d, d < K, 0.0)
-    if begin == origin:
-        dnt = tl.load(ds0 + ((row * H + h) * K + d) * (V + 1) + V, d < K, 0.0)
-    else:
-        dnt = tl.load(dn + ((j - 1) * H + h) * K + d, d < K, 0.0)
+    dnt = tl.load(dn + ((j - 1) * H + h) * K + d, (begin > origin) & (d < K), 0.0)
+    edge = ((row * H + h) * K + d) * (V + 1) + V
+    dnt += tl.load(ds0 + edge, (begin == origin) & (d < K), 0.0)
     left = tl.sum(nt * dnt, 0)
-    j += (end - begin + C - 1) // C
-    at += (end - begin) // NC
-    nt = tl.load(n + (at * H + h) * K + d, ahead & (d < K), 0.0)
-    dnt = tl.load(dn + ((j - 1) * H + h) * K + d, ahead & (d < K), 0.0)
+    nt = tl.load(n + ((at + B // NC) * H + h) * K + d, ahead & (d < K), 0.0)
+    dnt = tl.load(dn + ((j + B // C - 1) * H + h) * K + d, ahead & (d < K), 0.0)
     right = tl.sum(nt * dnt, 0) + tl.load(tail + row * H + h, end == tl.load(starts + row + 1), 0.0)
     o = tl.arange(0, BP)
     at = product + (o.to(tl.int64) * blocks + b) * H + h
@@ -654,13 +571,8 @@ def gates_backward(
     t = begin + tl.arange(0, B)
     inside = t < end
     earlier = inside & (t > begin)
-    step = tl.zeros([B], tl.float32)
-    own = tl.zeros([B], tl.float32)
-    for x in tl.static_range(TILES):
-        at = (tl.full([], x, tl.int64) * H + h) * N + t
-        mine = tl.load(kdk + at, inside, 0.0)
-        own += mine
-        step += tl.load(kdk + at - 1, earlier, 0.0)
+    own = tl.load(kdk + h * N + t, inside, 0.0)
+    step = tl.load(kdk + h * N + t - 1, earlier, 0.0)
     read = tl.load(qdq + h * N + t - 1, earlier, 0.0)
     doubt = step * step + read * read
     step -= read
@@ -676,9 +588,8 @@ def gates_backward(
     since = tl.max(tl.where(open, begin, t), 0)
     all = tl.sum(tl.where(t == end - 1, doubt + own * own + read * read, 0.0), 0)
     x -= tl.where(t >= since, error * (doubt / tl.maximum(all, 1e-30)), 0.0)
-    kept = tl.load(i + t * H + h, inside, 0.0).to(tl.float32) * LOG2E < tl.load(
-        m + h * N + t, inside, 0.0
-    )
+    top = tl.load(m + h * N + t, inside, 0.0)
+    kept = tl.load(i + t * H + h, inside, 0.0).to(tl.float32) * LOG2E < top
     through = tl.load(D + h * N + t, inside, 0.0)
     x += tl.where(kept, through, 0.0)
     tl.store(di + t * H + h, own + tl.where(kept, 0.0, through), inside)

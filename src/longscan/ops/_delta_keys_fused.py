@@ -16,11 +16,17 @@ WIDEST = 256
 
 
 class Tile(NamedTuple):
-    """Columns at once (of keys or values), warps, stages of the software pipeline."""
+    """Columns at once (of keys or values), warps, stages of the software pipeline, and how many
+    registers a thread may take, so that more programs share a multiprocessor."""
 
     columns: int
     warps: int
     stages: int
+    registers: int | None = None
+
+    def options(self) -> dict:
+        limit = {} if self.registers is None else {"maxnreg": self.registers}
+        return {"num_warps": self.warps, "num_stages": self.stages, **limit}
 
 
 class Launch(NamedTuple):
@@ -57,8 +63,17 @@ LAUNCHES = {
         16, Tile(32, 4, 1), Tile(16, 8, 1), Tile(16, 8, 1), Tile(32, 4, 1), Tile(32, 4, 1), 32
     ),
 }
+FAR = 32
+"""Columns at once in far chunks: more would take longer to compile, and spill registers."""
+GROUP = 4
+"""Chunks of a program that looks for far ones: most often it finds none."""
 PROGRAMS = 96
-"""Where there would be fewer programs than this, a scan takes narrower tiles of values."""
+"""Where there would be fewer programs than this, a scan takes narrower tiles of values; where these
+are too few as well, sequences are cut into pieces."""
+MOST = 132
+"""About so many programs, each as wide as a multiprocessor can hold, come of the pieces."""
+SHORTEST = 8
+"""Chunks of the shortest piece."""
 
 
 def delta_keys_fits(
@@ -131,6 +146,14 @@ class _Call:
         self.table, self.before = pieces(batch, length, chunk, cu_seqlens, v.device)
         self.starts = starts(batch, length, cu_seqlens, v.device)
         self.rows, self.chunks = self.starts.shape[0] - 1, self.table.shape[0]
+        size, self.pieces = _pieces(v, chunk, cu_seqlens)
+        if self.pieces:
+            # Scans take pieces for sequences.
+            cut, self.first = pieces(batch, length, size, cu_seqlens, v.device)
+            self.last = self.first[1:] - 1
+            begins, row = cut[:, 1], cut[:, 0]
+            self.before = self.before[row] + (begins - self.starts[row]) // chunk
+            self.starts = torch.cat([begins, self.starts[-1:]])
         # What kernels pass on to each other. float16 could not hold all of it.
         self.kept = torch.float32 if wide else torch.bfloat16
         self.numbers = {
@@ -143,65 +166,83 @@ class _Call:
             "PARTS": 1 if log_a.dtype is torch.bfloat16 else 3 if wide else 2,
         }  # fmt: skip
 
-    def prepare(self, q, k, beta, log_a, ends, far, scores, inverse) -> tuple[Tensor, ...]:
-        """Decayed q and k; with scores given, writes these, the inverses and which are far."""
+    def prepare(self, q, k, beta, log_a, ends, scores, inner) -> tuple[Tensor, ...]:
+        """Decayed q and k; with scores given, writes P and N as well."""
         tile = self.launch.prepare
         decayed = [torch.empty_like(log_a, dtype=self.kept) for _ in range(3)]
-        launch = _kernels().prepare[(self.chunks * self.heads,)]
-        for is_far in (False, True) if scores is not None else (False,):
-            launch(
-                q, k, beta, log_a, *decayed, ends, ends if far is None else far,
-                *((ends, ends) if scores is None else (scores, inverse)), self.table,
-                BK=_tile(self.k_dim, tile.columns), **self.numbers, **self.gates,
-                SCORES=scores is not None, FAR=is_far,
-                num_warps=tile.warps, num_stages=tile.stages,
-            )  # fmt: skip
+        written = (ends, ends) if scores is None else (scores, inner)
+        _kernels().prepare[(self.chunks * self.heads,)](
+            q, k, beta, log_a, *decayed, ends, *written, self.table,
+            BK=_tile(self.k_dim, tile.columns), **self.numbers, **self.gates,
+            SCORES=scores is not None, **tile.options(),
+        )  # fmt: skip
         return *decayed, ends
 
-    def scan(self, tile: Tile) -> tuple[tuple[int], dict]:
-        """Grid and constants of a scan: narrower tiles of values where programs are few."""
-        size = _tile(self.v_dim, tile.columns)
-        while size > 32 and -(-self.v_dim // size) * self.rows * self.heads < PROGRAMS:
+    def scan(self, tile: Tile) -> tuple[int, dict]:
+        """Programs and constants of a scan: narrower tiles of values where programs are few."""
+        size, many = _tile(self.v_dim, tile.columns), (self.starts.shape[0] - 1) * self.heads
+        while size > 32 and -(-self.v_dim // size) * many < PROGRAMS:
             size //= 2
-        return (-(-self.v_dim // size) * self.rows * self.heads,), {
+        return many, {
             **self.numbers, "K": self.k_dim, "V": self.v_dim, "BK": _tile(self.k_dim, WIDEST),
-            "BV": size, "num_warps": tile.warps, "num_stages": tile.stages,
+            "BV": size, **tile.options(),
         }  # fmt: skip
 
-    def forward(self, decayed, v, scores, inverse, state, o, final, states, written) -> None:
-        """Without o and final: states and written."""
-        grid, constants = self.scan(self.launch.forward)
-        read = o is not None
-        _kernels().forward[grid](
-            *decayed, v, scores, inverse, v if state is None else state,
-            *((o, final, final, o) if read else (written, states, states, written)),
-            self.starts, self.before, ENTERS=state is not None, READ=read, **constants,
+    def empty(self, *size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.float32, device=self.starts.device)
+
+    def forward(self, decayed, v, beta, scores, inner, state, o, final, states, written) -> None:
+        """Without o: states and written; without written as well: maps, which are `states`."""
+        many, constants = self.scan(self.launch.forward)
+        read, maps = o is not None, o is None and written is None
+        tiles = -(-self.v_dim // constants["BV"])
+        if maps:
+            tiles += -(-self.k_dim // constants["BV"])
+        outputs = (o, final, final, o) if read else (v, final, states, v)
+        _kernels().forward[(many * tiles,)](
+            *decayed, v, beta, scores, inner, decayed[3] if state is None else state,
+            *(outputs if read or maps else (written, states, states, written)),
+            self.starts, self.before, int(state is not None), READ=read, MAP=maps, **constants,
         )  # fmt: skip
 
-    def backward(self, decayed, scores, inverse, do, dfinal, dv, dstates, dstate) -> None:
-        grid, constants = self.scan(self.launch.backward)
-        _kernels().backward[grid](
-            *decayed, scores, inverse, do, dstate if dfinal is None else dfinal, dv, dstates,
-            dstate, self.starts, self.before, ENTERS=dfinal is not None, **constants,
+    def backward(
+        self, decayed, beta, scores, inner, do, dfinal, dv, error, dstates, dstate
+    ) -> None:
+        """Without dv: dstate alone."""
+        many, constants = self.scan(self.launch.backward)
+        maps = dv is None
+        _kernels().backward[(many * -(-self.v_dim // constants["BV"]),)](
+            *decayed, beta, scores, inner, do, dstate if dfinal is None else dfinal,
+            *((do, do, do) if maps else (dv, error, dstates)), dstate,
+            self.starts, self.before, int(dfinal is not None), MAP=maps, **constants,
         )  # fmt: skip
 
-    def pairs(self, beta, do, dv, written, dscores, dlower, dself, dbeta) -> None:
+    def combine(self, maps, added, start, states, reverse: bool) -> None:
+        tile = _tile(self.v_dim, 16)
+        _kernels().combine[(-(-self.v_dim // tile) * self.rows * self.heads,)](
+            maps, added, added if start is None else start, states, self.first,
+            int(start is not None), H=self.heads, K=self.k_dim, KP=_tile(self.k_dim, WIDEST),
+            V=self.v_dim, BK=_tile(self.k_dim, 32), BV=tile, PRECISION="tf32x3", REVERSE=reverse,
+            num_warps=8, num_stages=2,
+        )  # fmt: skip
+
+    def pairs(self, beta, do, error, written, dscores, dlower, dself, dbeta) -> None:
         tile = self.launch.pairs
         _kernels().pairs[(self.chunks * self.heads,)](
-            beta, do, dv, written, dscores, dlower, dself, dbeta, self.table,
+            beta, do, error, written, dscores, dlower, dself, dbeta, self.table,
             V=self.v_dim, BV=_tile(self.v_dim, tile.columns), **self.numbers,
-            num_warps=tile.warps, num_stages=tile.stages,
+            **tile.options(),
         )  # fmt: skip
 
     def gradients(self, *tensors: Tensor) -> None:
-        tile = self.launch.gradients
-        bk = _tile(self.k_dim, tile.columns)
-        launch = _kernels().gradients[(-(-self.k_dim // bk) * self.chunks * self.heads,)]
-        for is_far in (False, True):
-            launch(
-                *tensors, self.table, V=self.v_dim, BK=bk,
-                BV=_tile(self.v_dim, self.launch.values), **self.numbers, **self.gates, FAR=is_far,
-                num_warps=tile.warps, num_stages=tile.stages,
+        tile, many = self.launch.gradients, self.chunks * self.heads
+        for far in (False, True):
+            bk = _tile(self.k_dim, min(tile.columns, FAR) if far else tile.columns)
+            grid = -(-many // GROUP) if far else -(-self.k_dim // bk) * many
+            _kernels().gradients[(grid,)](
+                *tensors, self.table, many, KP=_tile(self.k_dim, WIDEST), V=self.v_dim, BK=bk,
+                BV=_tile(self.v_dim, self.launch.values), **self.numbers, **self.gates, FAR=far,
+                GROUP=GROUP, **tile.options(),
             )  # fmt: skip
 
 
@@ -215,11 +256,20 @@ def _same(*tensors: Tensor) -> list[Tensor]:
     return [x.contiguous() for x in tensors]
 
 
-def _most(v: Tensor, chunk: int, cu_seqlens: Tensor | None) -> int:
-    """The number of chunks; of packed sequences, whose lengths shapes don't tell, no fewer."""
-    if cu_seqlens is None:
-        return v.shape[0] * -(-v.shape[1] // chunk)
-    return v.shape[1] // chunk + cu_seqlens.shape[0] - 1
+def _pieces(v: Tensor, chunk: int, cu_seqlens: Tensor | None) -> tuple[int, int]:
+    """Tokens of the pieces that sequences are cut into, and how many there are; 0 if none is cut.
+
+    Of packed sequences only the ends tell; then no fewer, as shapes must not depend on these.
+    """
+    batch, length, heads, d_value = v.shape
+    rows = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    if rows * heads * -(-d_value // 32) >= PROGRAMS:
+        return length, 0
+    wanted = max(1, MOST // (heads * -(-d_value // 128)))
+    size = max(SHORTEST, -(-batch * length // (wanted * chunk))) * chunk
+    if length < 2 * size:
+        return length, 0
+    return size, batch * -(-length // size) if cu_seqlens is None else length // size + rows
 
 
 def _float(x: Tensor | None) -> Tensor | None:
@@ -234,22 +284,28 @@ def _forward(
     log_a: Tensor,
     state: Tensor | None,
     cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(o, final state, P, A, which chunks are far); the last three are for the backward."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(o, final state); for the backward P, N, states before pieces, and their maps."""
     out = v.dtype
     q, k, v = _same(q, k, v)
     beta, log_a = beta.contiguous(), log_a.contiguous()
     call = _Call(q, k, v, log_a, cu_seqlens)
     scores = v.new_empty(*v.shape[:3], call.launch.chunk, dtype=call.kept)
-    inverse = torch.empty_like(scores)
-    most = _most(v, call.launch.chunk, cu_seqlens)
-    far = v.new_empty(most, call.heads, dtype=torch.int32)
+    inner = torch.empty_like(scores)
     ends = v.new_empty(call.chunks, call.heads, call.k_dim, dtype=torch.float32)
-    decayed = call.prepare(q, k, beta, log_a, ends, far, scores, inverse)
-    o = torch.empty_like(v, dtype=out)
-    final = v.new_empty(call.rows, call.heads, call.k_dim, call.v_dim, dtype=torch.float32)
-    call.forward(decayed, v, scores, inverse, _float(state), o, final, None, None)
-    return o, final, scores, inverse, far
+    decayed = call.prepare(q, k, beta, log_a, ends, scores, inner)
+    o, state = torch.empty_like(v, dtype=out), _float(state)
+    square, tall = (call.heads, call.k_dim, call.k_dim), (call.heads, call.k_dim, call.v_dim)
+    enter, maps = call.empty(call.pieces, *tall), call.empty(call.pieces, *square)
+    final = torch.empty_like(enter) if call.pieces else call.empty(call.rows, *tall)
+    if call.pieces:
+        call.forward(decayed, v, beta, scores, inner, None, None, final, maps, None)
+        call.combine(maps, final, state, enter, False)
+        state = enter
+    call.forward(decayed, v, beta, scores, inner, state, o, final, None, None)
+    if call.pieces:
+        final = final[call.last]
+    return o, final, scores, inner, enter, maps
 
 
 def _fake(q, k, v, beta, log_a, state, cu_seqlens):
@@ -259,8 +315,9 @@ def _fake(q, k, v, beta, log_a, state, cu_seqlens):
     kept = torch.float32 if _wide(q, k, v) else torch.bfloat16
     scores = v.new_empty(batch, length, heads, chunk, dtype=kept)
     final = v.new_empty(rows, heads, k.shape[3], d_value, dtype=torch.float32)
-    far = v.new_empty(_most(v, chunk, cu_seqlens), heads, dtype=torch.int32)
-    return v.new_empty(v.shape), final, scores, torch.empty_like(scores), far
+    many = _pieces(v, chunk, cu_seqlens)[1]
+    enter, maps = (final.new_empty(many, heads, k.shape[3], n) for n in (d_value, k.shape[3]))
+    return v.new_empty(v.shape), final, scores, torch.empty_like(scores), enter, maps
 
 
 def _backward(
@@ -272,8 +329,9 @@ def _backward(
     state: Tensor | None,
     cu_seqlens: Tensor | None,
     scores: Tensor,
-    inverse: Tensor,
-    far: Tensor,
+    inner: Tensor,
+    enter: Tensor,
+    maps: Tensor,
     do: Tensor | None,
     dfinal: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -285,33 +343,45 @@ def _backward(
     call = _Call(q, k, v, log_a, cu_seqlens)
     many, heads, d_key, d_value = call.chunks, call.heads, call.k_dim, call.v_dim
     ends = v.new_empty(many, heads, d_key, dtype=torch.float32)
-    decayed = call.prepare(q, k, beta, log_a, ends, None, None, None)
+    decayed = call.prepare(q, k, beta, log_a, ends, None, None)
     states = v.new_empty(many, heads, d_value, d_key, dtype=call.kept)
     dstates, written = torch.empty_like(states), torch.empty_like(v, dtype=call.kept)
-    call.forward(decayed, v, scores, inverse, _float(state), None, None, states, written)
-    dstate = v.new_empty(call.rows, heads, d_key, d_value, dtype=torch.float32)
-    dv = torch.empty_like(written)
-    call.backward(decayed, scores, inverse, do, _float(dfinal), dv, dstates, dstate)
+    state_in = enter if call.pieces else _float(state)
+    call.forward(decayed, v, beta, scores, inner, state_in, None, None, states, written)
+    dv, error = torch.empty_like(v), torch.empty_like(written)
+    dfinal = _float(dfinal)
+    dstate = call.empty(call.starts.shape[0] - 1, heads, d_key, d_value)
+    if call.pieces:
+        leave = torch.empty_like(dstate)
+        call.backward(decayed, beta, scores, inner, do, None, None, None, None, dstate)
+        call.combine(maps, dstate, dfinal, leave, True)
+        dfinal = leave
+    call.backward(decayed, beta, scores, inner, do, dfinal, dv, error, dstates, dstate)
+    if call.pieces:
+        dstate = dstate[call.first[:-1]]
     del decayed
     dscores, dlower = torch.empty_like(scores), torch.empty_like(scores)
     dself = v.new_empty(v.shape[:3], dtype=torch.float32)
     dbeta, dlog_a = torch.empty_like(beta), torch.empty_like(log_a)
-    call.pairs(beta, do, dv, written, dscores, dlower, dself, dbeta)
+    call.pairs(beta, do, error, written, dscores, dlower, dself, dbeta)
     # Heads that share a key are summed in float32, in the order of the heads.
     group = heads // k.shape[2]
     dq, dk = (
         torch.empty_like(log_a, dtype=q.dtype if group == 1 else torch.float32) for _ in range(2)
     )
     call.gradients(
-        q, k, log_a, do, dv, written, states, dstates, dscores, dlower, dself, far, dq, dk, dlog_a
-    )
+        q, k, beta, log_a, ends, do, error, written, states, dstates, dscores, dlower, dself,
+        dq, dk, dlog_a,
+    )  # fmt: skip
     if group > 1:
         dq, dk = (x.unflatten(2, (-1, group)).sum(3) for x in (dq, dk))
     dq, dk, dv = (x.to(kind) for x, kind in zip((dq, dk, dv), kinds, strict=True))
     return dq, dk, dv, dbeta, dlog_a, dstate if state is None else dstate.to(state.dtype)
 
 
-def _fake_backward(q, k, v, beta, log_a, state, cu_seqlens, scores, inverse, far, do, dfinal):
+def _fake_backward(
+    q, k, v, beta, log_a, state, cu_seqlens, scores, inner, enter, maps, do, dfinal
+):  # fmt: skip
     rows = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     kind = torch.float32 if state is None else state.dtype
     dstate = v.new_empty(rows, v.shape[2], k.shape[3], v.shape[3], dtype=kind)
