@@ -210,7 +210,10 @@ def _products(
         xt = tl.load(x + d0, (o < left)[:, None] & d[None, :], 0.0)
         yt = tl.load(y + d0, (u < left)[:, None] & d[None, :], 0.0)
         p = tl.dot(xt.to(DT), tl.trans(yt.to(DT)), p, input_precision=PRECISION)
-        if NORM:
+    if NORM:  # apart: Triton 3.6 loads over a tile of the pipeline that registers read as well
+        for d0 in range(0, D, BD):
+            d = _there(d0 + od, D, BD)
+            xt = tl.load(x + d0, (o < left)[:, None] & d[None, :], 0.0)
             xn += tl.sum(xt.to(tl.float32) * tl.load(n + d0 + od, d, 0.0)[None, :], 1)
     return p, xn
 
