@@ -1,4 +1,4 @@
-"""`delta` with no gate or one gate per head: four kernels over chunks of C rows.
+"""`delta` with no gate or one gate per head: kernels over chunks of C rows.
 
 A row is one write of a token (a token with n steps has n rows); names as in `delta_chunked`. In a
 chunk with decays D_ij = exp(b_i - b_j), and L0 the strict lower part of K K^T, `solve` finds
@@ -15,6 +15,10 @@ dv = diag(beta) Z and dbeta = rowsum(Z * E).
 transposed state [V, K] in registers: all that depends on the state is then a left operand, which
 tensor cores take from registers, and all right operands come from memory. `gradients` runs all
 chunks at once from the states and gradients of states between them.
+
+Few sequences leave multiprocessors idle, and are cut into segments. `maps` finds what each makes of
+a state S, A S + U, all at once; `combine` has the states between segments of these, and the scans
+take segments for sequences. Backward it is A^T D + W for the gradients D of states.
 
 In a pipelined loop a load is an operand of products and nothing else: Triton 3.6 gives one that is
 also used in registers a buffer less, and then fills it while a product still reads it.
@@ -124,7 +128,7 @@ def solve(
         b = tl.cumsum(a, 0)
         tl.store(to + N.to(tl.int64) * H, b, mask=ok)
     keys = k + (begin * HK + h // (H // HK)) * K
-    if PRECISION == "tf32":
+    if k.dtype.element_ty != tl.float32:  # products of two such numbers are exact
         x = _rows(keys, i, ok, HK * K, tl.arange(0, BK), K, BK).to(DT)
         low = tl.dot(x, tl.trans(x), input_precision=PRECISION)
     else:
@@ -166,19 +170,29 @@ def solve(
 
 
 @triton.jit
+def _segment(segments, row):
+    """Which sequence a segment is of, and whether it is the first and the last there."""
+    code = tl.load(segments + row)
+    return code // 4, code % 2 == 1, code % 4 >= 2
+
+
+@triton.jit
 def _forth(
     pid, q, k, v, g, factors, state, o, e, states, final, starts, first, N,
     H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
     BV: tl.constexpr, C: tl.constexpr, STEPS: tl.constexpr, GATED: tl.constexpr,
     ENTERS: tl.constexpr, READ: tl.constexpr, KEEP: tl.constexpr, EVERY: tl.constexpr,
-    DT: tl.constexpr, PRECISION: tl.constexpr,
+    DT: tl.constexpr, PRECISION: tl.constexpr, MAP: tl.constexpr = False,
 ):  # fmt: skip
     """Through the chunks of a sequence, for one head and BV columns of v.
 
     ENTERS: whether a state enters. READ: write o and the final state; KEEP: write the errors
-    e [N, H, V] and the state [V, K] that enters each piece of EVERY chunks.
+    e [N, H, V] and the state [V, K] that enters each piece of EVERY chunks. MAP: of a segment, U as
+    its final state, and A^T as states [m, H, K, K], from tiles of columns beyond those of v, where
+    the identity enters and nothing is written; first: what `_segment` reads.
     """
-    TILES: tl.constexpr = (V + BV - 1) // BV
+    OWN: tl.constexpr = (V + BV - 1) // BV
+    TILES: tl.constexpr = OWN + ((K + BV - 1) // BV if MAP else 0)
     WIDE: tl.constexpr = TILES * BV
     ROWS: tl.constexpr = C // STEPS * STEPS
     v0, h, row = (pid % TILES * BV).to(tl.int32), pid // TILES % H, pid // TILES // H
@@ -189,8 +203,16 @@ def _forth(
     r, c = i[:, None], i[None, :]
     every = kk < K
     s = tl.zeros([BV, BK], tl.float32)
+    source, enters = row, every
+    if MAP:
+        source, begins, ends = _segment(first, row)
+        enters = every & begins
+        # Nothing asks for what the last segment does, or for what the first does to other states.
+        length = tl.where(ends | (begins & (v0 >= V)), 0, length)
     if ENTERS:
-        s = _columns(state + (row * H + h) * K * V, kk, every, V, vv, V, WIDE).to(tl.float32)
+        s = _columns(state + (source * H + h) * K * V, kk, enters, V, vv, V, WIDE).to(tl.float32)
+    if MAP:
+        s += tl.where((vv - OWN * BV)[:, None] == kk[None, :], 1.0, 0.0)
     piece = 0
     if KEEP:
         piece = tl.load(first + row)
@@ -249,8 +271,11 @@ def _forth(
         # Not accumulated in s: a product still running when the next iteration begins makes the
         # compiler wait for each product in turn.
         s = tl.fma(s, decay, _dot(wrong.to(DT), x, None, PRECISION))
-    if READ:
+    if READ or MAP:
         _put_columns(final + (row * H + h) * K * V, s, kk, every, V, vv, V, WIDE)
+    if MAP:
+        of = vv - OWN * BV
+        _put_rows(states + (row * H + h) * K * K, s, of, (of >= 0) & (of < K), K, kk, K, BK)
 
 
 @triton.jit
@@ -259,11 +284,13 @@ def _back(
     H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
     BV: tl.constexpr, C: tl.constexpr, STEPS: tl.constexpr, GATED: tl.constexpr,
     ENTERS: tl.constexpr, EVERY: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
+    MAP: tl.constexpr = False,
 ):  # fmt: skip
     """From the last chunk of a sequence to the first: Z, and the gradients of states.
 
     ENTERS: whether the final state has a gradient. Writes zs [N, H, V], the gradient [V, K] of the
     state that leaves each piece of EVERY chunks, and that of the state that entered the sequence.
+    MAP: the latter alone, which is W of a segment.
     """
     TILES: tl.constexpr = (V + BV - 1) // BV
     WIDE: tl.constexpr = TILES * BV
@@ -276,9 +303,15 @@ def _back(
     r, c = i[:, None], i[None, :]
     every = kk < K
     d = tl.zeros([BV, BK], tl.float32)
+    source, enters = row, every
+    if MAP:
+        source, begins, ends = _segment(first, row)
+        enters = every & ends
+        length = tl.where(begins, 0, length)
     if ENTERS:
-        d = _columns(d_final + (row * H + h) * K * V, kk, every, V, vv, V, WIDE).to(tl.float32)
-    piece = tl.load(first + row)
+        d = _columns(d_final + (source * H + h) * K * V, kk, enters, V, vv, V, WIDE).to(tl.float32)
+    if not MAP:
+        piece = tl.load(first + row)
     steps = (length + ROWS - 1) // ROWS
     for back in range(steps):
         step = steps - 1 - back
@@ -301,9 +334,10 @@ def _back(
         else:
             scores = tl.where(r >= c, scores, 0.0)
         scores = scores.to(DT)
-        if (step % EVERY == EVERY - 1) | (back == 0):
-            to = leaving + ((piece + step // EVERY) * H + h) * V * K
-            _put_rows(to, d, vv, vv < V, K, kk, K, BK)
+        if not MAP:  # noqa: SIM102
+            if (step % EVERY == EVERY - 1) | (back == 0):
+                to = leaving + ((piece + step // EVERY) * H + h) * V * K
+                _put_rows(to, d, vv, vv < V, K, kk, K, BK)
         db = d.to(DT)
         dz = _dot(db, tl.trans(x), None, PRECISION)
         d_read, decay = dot, 1.0
@@ -314,7 +348,8 @@ def _back(
             decay = tl.exp2(last)
         dz = _dot(dot, scores, dz, PRECISION)
         dz = _dot((dz * beta[None, :]).to(DT), gs, dz, PRECISION)
-        _put_columns(zs + (at * H + h) * V, dz, i, ok, H * V, vv, V, WIDE)
+        if not MAP:
+            _put_columns(zs + (at * H + h) * V, dz, i, ok, H * V, vv, V, WIDE)
         dz *= -beta[None, :]
         if GATED:
             dz *= reads
@@ -363,6 +398,71 @@ def passes(
             pid, q, k, g, factors, do, d_final, zs, leaving, d_state, starts, first, N, H, HK,
             K, V, BK, BV, C, STEPS, GATED, ENDS, EVERY, DT, PRECISION,
         )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["N"])
+def maps(
+    q, k, v, g, factors, state, do, sums, a, starts, segments, N,
+    H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
+    BV: tl.constexpr, C: tl.constexpr, STEPS: tl.constexpr, GATED: tl.constexpr,
+    ENTERS: tl.constexpr, REVERSE: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What segments make of states: sums [m, H, K, V] is U and a [m, H, K, K] is A^T, or REVERSE
+    sums is W. The state that enters the first segment of a sequence is in its U, and the gradient
+    of that which leaves the last in its W.
+    """
+    pid = tl.program_id(0).to(tl.int64)
+    if REVERSE:
+        _back(
+            pid, q, k, g, factors, do, state, q, q, sums, starts, segments, N, H, HK, K, V, BK,
+            BV, C, STEPS, GATED, ENTERS, 1, DT, PRECISION, True,
+        )  # fmt: skip
+    else:
+        _forth(
+            pid, q, k, v, g, factors, state, q, q, a, sums, starts, segments, N, H, HK, K, V, BK,
+            BV, C, STEPS, GATED, ENTERS, False, False, 1, DT, PRECISION, True,
+        )  # fmt: skip
+
+
+@triton.jit
+def combine(
+    a, sums, start, out, first,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    ENTERS: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The states that enter segments, or REVERSE the gradients of those that leave them.
+
+    first [rows + 1]: the first segment of each sequence; start [rows, H, K, V] enters there, or at
+    its last segment, if ENTERS.
+    """
+    TILES: tl.constexpr = (V + BV - 1) // BV
+    WIDE: tl.constexpr = TILES * BV
+    pid = tl.program_id(0).to(tl.int64)
+    v0, h, row = (pid % TILES * BV).to(tl.int32), pid // TILES % H, pid // TILES // H
+    kk, vv = tl.arange(0, BK), v0 + tl.arange(0, BV)
+    every = kk < K
+    at = tl.load(first + row)
+    count = (tl.load(first + row + 1) - at).to(tl.int32)
+    way = 1
+    if REVERSE:
+        at += count - 1
+        way = -1
+    s = tl.zeros([BV, BK], tl.float32)
+    if ENTERS:
+        s = _columns(start + (row * H + h) * K * V, kk, every, V, vv, V, WIDE).to(tl.float32)
+    _put_columns(out + (at * H + h) * K * V, s, kk, every, V, vv, V, WIDE)
+    # The sums of the first segment hold what entered there.
+    s = tl.zeros([BV, BK], tl.float32)
+    for i in range(1, count):
+        more = _columns(sums + (at * H + h) * K * V, kk, every, V, vv, V, WIDE)
+        by, ok = a + (at * H + h) * K * K, every & (i > 1)
+        if REVERSE:
+            m = _columns(by, kk, ok, K, kk, K, BK)
+        else:
+            m = _rows(by, kk, ok, K, kk, K, BK)
+        s = _dot(s, m, more, PRECISION)
+        at += way
+        _put_columns(out + (at * H + h) * K * V, s, kk, every, V, vv, V, WIDE)
 
 
 @triton.jit

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from longscan.ops._kernel_op import kernel_op
+from longscan.ops._layout import remembered
 from longscan.ops._packed import pieces, starts
 
 
@@ -25,7 +26,8 @@ class Launch(NamedTuple):
 class Launches(NamedTuple):
     """Rows of a chunk, chunks (1 or 2) of a piece, precision of the merges in `solve`; launches.
 
-    together: whether both scans of the backward are one launch.
+    together: whether both scans of the backward are one launch. maps: the maps of segments, where a
+    scan of whole sequences has at most `few` programs; None: sequences are never cut.
 
     The backward keeps states between pieces, and takes the gradients of a piece at once.
     """
@@ -38,12 +40,15 @@ class Launches(NamedTuple):
     passes: Launch
     gradients: Launch
     together: bool = True
+    maps: Launch | None = None
+    few: int = 64
 
 
 # (K up to, V up to, whether in bfloat16) -> launches; compiled for an H100 without heavy spills.
 LAUNCHES = {
     (128, 256, True): Launches(
-        32, 2, "tf32", Launch(16, 1, 1), Launch(64, 4, 3), Launch(64, 4, 3), Launch(32, 4, 3, 64)
+        32, 2, "tf32", Launch(16, 1, 1), Launch(64, 4, 3), Launch(64, 4, 3), Launch(32, 4, 3, 64),
+        maps=Launch(64, 4, 3),
     ),
     (256, 256, True): Launches(
         32, 2, "tf32", Launch(16, 1, 1), Launch(32, 4, 2), Launch(32, 8, 2), Launch(32, 4, 3, 64)
@@ -55,6 +60,13 @@ LAUNCHES = {
 
 # Scans take half as many columns of v where their programs would leave half an H100 idle.
 FEW = 66
+
+# About so many programs of a scan come of all segments: two for each multiprocessor of an H100.
+# Maps cost about as much as the scan itself, and a launch more: fewer segments of a sequence than
+# LEAST, or of fewer chunks than SHORTEST, gain nothing.
+FULL = 264
+LEAST = 4
+SHORTEST = 16
 
 
 def launches(d_key: int, d_value: int, dtype: torch.dtype) -> Launches:
@@ -101,19 +113,30 @@ def delta_fused(
 ) -> tuple[Tensor, Tensor]:
     """`delta_chunked` by kernels: o in v's dtype, the final state in float32.
 
-    With n steps per token k, v, beta are [B, T, n, ...]. bfloat16 is multiplied in bfloat16,
-    float16 in tf32, which has its digits and a wider range, float32 as three products in tf32.
+    With n steps per token k, v, beta are [B, T, n, ...]. bfloat16 is multiplied in bfloat16; the
+    others as three products in tf32, one of which is too little for float16 over long times.
     """
     dtype, out = q.dtype, v.dtype
     if k.dtype is not dtype or out is not dtype:
         dtype = torch.promote_types(torch.promote_types(dtype, k.dtype), out)
         q, k, v = (x if x.dtype is dtype else x.to(dtype) for x in (q, k, v))
-    o, final, _, _ = _delta(q, k, v, beta, log_a, state, cu_seqlens)
+    o, final = _delta(q, k, v, beta, log_a, state, cu_seqlens)[:2]
     return o if dtype is out else o.to(out), final
 
 
+class _Cut(NamedTuple):
+    """Segments: the launch of their maps; what kernels read of each (see `_cut`); the first of each
+    sequence and their number; the first and the last of each sequence."""
+
+    launch: Launch
+    codes: Tensor
+    first: Tensor
+    begins: Tensor
+    ends: Tensor
+
+
 class _Case(NamedTuple):
-    """What all launches of a call share."""
+    """What all launches of a call share. Scans take segments, if any, for sequences."""
 
     heads: int
     rows: int
@@ -123,6 +146,7 @@ class _Case(NamedTuple):
     chunks: Tensor  # where chunks lie, then pieces, as `_packed.pieces` says
     table: Tensor
     first: Tensor
+    cut: _Cut | None = None
 
 
 def _padded(n: int) -> int:
@@ -149,7 +173,7 @@ def _plan(
     return launch, {
         "K": d_key, "BK": _padded(d_key), "C": launch.chunk, "STEPS": steps, "GATED": gated,
         "DT": tl.bfloat16 if dtype is torch.bfloat16 else tl.float32,
-        "PRECISION": "tf32x3" if dtype is torch.float32 else "tf32", "H": heads, "HK": key_heads,
+        "PRECISION": "tf32" if dtype is torch.bfloat16 else "tf32x3", "H": heads, "HK": key_heads,
     }  # fmt: skip
 
 
@@ -162,8 +186,69 @@ def _case(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor | None, cu: Tensor | No
     tokens = launch.chunk // n
     table, first = pieces(batch, length, tokens * launch.every, cu, device)
     chunks = table if launch.every == 1 else pieces(batch, length, tokens, cu, device)[0]
-    begins = starts(batch, length, cu, device)
-    return _Case(heads, batch * length * n, common, launch, begins, chunks, table, first)
+    begins, cut = starts(batch, length, cu, device), None
+    size, count = _segments(launch, batch, length, heads, d_value, n, cu)
+    if count and launch.maps is not None:
+        given = launch.maps, batch, length, size, tokens * launch.every, cu, device
+        if cu is None:
+            begins, first, cut = _cut(*given)
+        else:  # the values of cu_seqlens may change
+            begins, first, cut = remembered(
+                cu, f"cut {given[:5]}", lambda: _cut.__wrapped__(*given)
+            )
+    return _Case(heads, batch * length * n, common, launch, begins, chunks, table, first, cut)
+
+
+def _segments(
+    launch: Launches,
+    batch: int,
+    length: int,
+    heads: int,
+    d_value: int,
+    steps: int,
+    cu_seqlens: Tensor | None,
+) -> tuple[int, int]:
+    """Tokens of a segment and how many segments there are, at most; 0 for sequences left whole.
+
+    Shapes must not depend on the borders of packed sequences, so these play no part.
+    """
+    if launch.maps is None:
+        return 0, 0
+    rows = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    each = heads * -(-d_value // launch.scan.tile)
+    if rows * each > launch.few:
+        return 0, 0
+    unit = launch.chunk // steps * launch.every
+    size = -(-SHORTEST // launch.every) * unit
+    size = max(size, -(-batch * length // (FULL // each * unit)) * unit)
+    if length <= (LEAST - 1) * size:
+        return 0, 0
+    return size, batch * -(-length // size) if cu_seqlens is None else length // size + rows
+
+
+@lru_cache(maxsize=64)
+def _cut(
+    launch: Launch,
+    batch: int,
+    length: int,
+    size: int,
+    unit: int,
+    cu: Tensor | None,
+    device: torch.device,
+) -> tuple[Tensor, Tensor, _Cut]:
+    """Where segments begin, their first pieces of `unit` tokens, and the rest about them.
+
+    The code of a segment is 4 times its sequence, + 1 if it is the first there, + 2 if the last.
+    """
+    table, first = pieces(batch, length, size, cu, device)
+    bounds, (_, before) = starts(batch, length, cu, device), pieces(batch, length, unit, cu, device)
+    row, begin, end = table.unbind(1)
+    codes = row * 4 + (begin == bounds[row]) + 2 * (end == bounds[row + 1])
+    return (
+        torch.cat([begin, end[-1:]]),
+        before[row] + (begin - bounds[row]) // unit,
+        _Cut(launch, codes, first, first[:-1], first[1:] - 1),
+    )
 
 
 def _scratch(v: Tensor) -> torch.dtype:
@@ -177,7 +262,7 @@ def _options(launch: Launch) -> dict[str, int]:
 def _columns(case: _Case, d_value: int, launch: Launch, scans: int = 1) -> tuple[int, int]:
     """Columns of v at once in `scans` scans, and the number of programs of each."""
     rows, tile = (case.starts.shape[0] - 1) * case.heads, min(_padded(d_value), launch.tile)
-    while tile > 32 and scans * rows * -(-d_value // tile) <= FEW:
+    while case.cut is None and tile > 32 and scans * rows * -(-d_value // tile) <= FEW:
         tile //= 2
     return tile, rows * -(-d_value // tile)
 
@@ -196,6 +281,27 @@ def _scan(case: _Case, q, k, v, g, factors, state, o, final, launch: Launch) -> 
     _kernels().scan[(programs,)](
         q, k, v, g, factors, k if state is None else state, o, final, case.starts, case.rows,
         V=d_value, BV=tile, ENTERS=state is not None, **case.common, **_options(launch),
+    )  # fmt: skip
+
+
+def _maps(case: _Case, cut: _Cut, q, k, v, g, factors, state, do, sums, a, reverse: bool) -> None:
+    """U and A of segments, or backward W; state is what enters the sequences, from that side."""
+    d_key, d_value, launch = k.shape[-1], v.shape[-1], cut.launch
+    tile, count = min(_padded(d_value), launch.tile), cut.codes.shape[0]
+    tiles = -(-d_value // tile) + (0 if reverse else -(-d_key // tile))
+    _kernels().maps[(count * case.heads * tiles,)](
+        q, k, v, g, factors, k if state is None else state, do, sums, a, case.starts,
+        cut.codes, case.rows, V=d_value, BV=tile, ENTERS=state is not None, REVERSE=reverse,
+        **case.common, **_options(launch),
+    )  # fmt: skip
+
+
+def _combine(case: _Case, cut: _Cut, a, sums, start, out, reverse: bool) -> None:
+    d_key, d_value = a.shape[-1], sums.shape[-1]
+    _kernels().combine[(cut.begins.shape[0] * case.heads * -(-d_value // 16),)](
+        a, sums, sums if start is None else start, out, cut.first, H=case.heads, K=d_key,
+        V=d_value, BK=_padded(d_key), BV=16, ENTERS=start is not None, REVERSE=reverse,
+        PRECISION="tf32x3", num_warps=8, num_stages=3,
     )  # fmt: skip
 
 
@@ -248,29 +354,41 @@ def _forward(
     log_a: Tensor | None,
     state: Tensor | None,
     cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> o, final states, G and the factors of rows (see the kernel)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> o, final states, G and the factors of rows (see the kernel); of segments, the states that
+    enter and the maps.
+    """
     q, k, v, beta, log_a, state = _contiguous(q, k, v, beta, log_a, state)
     case = _case(q, k, v, log_a, cu_seqlens)
-    o, final, g, factors = _fake(q, k, v, beta, log_a, state, cu_seqlens)
-    launch = case.launch
+    o, final, g, factors, enter, a = _fake(q, k, v, beta, log_a, state, cu_seqlens)
+    launch, cut = case.launch, case.cut
     _solve(case, k, beta, log_a, g, factors, launch.solve)
-    _scan(case, q, k, v, g, factors, state, o, final, launch.scan)
-    return o, final, g, factors
+    if cut is None:
+        _scan(case, q, k, v, g, factors, state, o, final, launch.scan)
+        return o, final, g, factors, enter, a
+    sums = torch.empty_like(enter)
+    _maps(case, cut, q, k, v, g, factors, state, o, sums, a, False)
+    _combine(case, cut, a, sums, state, enter, False)
+    _scan(case, q, k, v, g, factors, enter, o, sums, launch.scan)  # final states in place of sums
+    return o, sums[cut.ends], g, factors, enter, a
 
 
 def _fake(q, k, v, beta, log_a, state, cu_seqlens):
     batch, length = q.shape[:2]
     heads, d_value = v.shape[-2:]
     rows = batch * length * (v.shape[2] if v.ndim == 5 else 1)
+    launch = launches(k.shape[-1], d_value, v.dtype)
+    _, count = _segments(
+        launch, batch, length, heads, d_value, rows // (batch * length), cu_seqlens
+    )
     if cu_seqlens is not None:
         batch = cu_seqlens.shape[0] - 1
-    chunk = launches(k.shape[-1], d_value, v.dtype).chunk
     o = v.new_empty(*q.shape[:2], heads, d_value)
     final = v.new_empty(batch, heads, k.shape[-1], d_value, dtype=torch.float32)
-    g = v.new_empty(rows, heads, chunk, dtype=_scratch(v))
+    g = v.new_empty(rows, heads, launch.chunk, dtype=_scratch(v))
     factors = final.new_empty(1 if log_a is None else 2, heads, rows)
-    return o, final, g, factors
+    enter = final.new_empty(count, *final.shape[1:])
+    return o, final, g, factors, enter, final.new_empty(count, heads, k.shape[-1], k.shape[-1])
 
 
 def _backward(
@@ -283,6 +401,8 @@ def _backward(
     cu_seqlens: Tensor | None,
     g: Tensor,
     factors: Tensor,
+    enter: Tensor,
+    a: Tensor,
     do: Tensor | None,
     d_final: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -291,6 +411,7 @@ def _backward(
     do = v.new_zeros(*q.shape[:2], *v.shape[-2:]) if do is None else do
     q, k, v, beta, state, do, d_final = _contiguous(q, k, v, beta, state, do, d_final)
     case, dtype = _case(q, k, v, log_a, cu_seqlens), _scratch(v)
+    cut = case.cut
     d_key, d_value, launch = k.shape[-1], v.shape[-1], case.launch
     # The errors and the states that enter pieces, forward; Z and the states' gradients, backward.
     e = torch.empty_like(v, dtype=dtype)
@@ -298,6 +419,11 @@ def _backward(
     states = e.new_empty(case.table.shape[0], case.heads, d_value, d_key)
     leaving = torch.empty_like(states)
     d_state = factors.new_empty(case.starts.shape[0] - 1, case.heads, d_key, d_value)
+    if cut is not None:
+        state, leave = enter, torch.empty_like(d_state)
+        _maps(case, cut, q, k, v, g, factors, d_final, do, d_state, a, True)
+        _combine(case, cut, a, d_state, d_final, leave, True)
+        d_final = leave
     _passes(
         case, q, k, v, g, factors, state, do, d_final, e, states, zs, leaving, d_state,
         launch.passes, (2,) if launch.together else (0, 1),
@@ -307,10 +433,12 @@ def _backward(
     )
     if log_a is not None:
         parts = parts.sum(0).to(log_a.dtype)
+    if cut is not None:
+        d_state = d_state[cut.begins]
     return dq, dk, dv, d_beta, parts, d_state.to(kind)
 
 
-def _fake_backward(q, k, v, beta, log_a, state, cu_seqlens, g, factors, do, d_final):
+def _fake_backward(q, k, v, beta, log_a, state, cu_seqlens, g, factors, enter, a, do, d_final):
     rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     d_log_a = factors.new_empty(0, *q.shape[:2], v.shape[-2])
     if log_a is not None:
