@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -235,7 +236,7 @@ def _walk(
 
 def _scores(
     z: _Call, chunk: int, rows: int, tile: Tile, eps: float, n: Tensor, m: Tensor,
-    weights: tuple[Tensor, ...], q: Tensor, k: Tensor, v: Tensor, dh: Tensor | None,
+    weights: Sequence[Tensor], q: Tensor, k: Tensor, v: Tensor, dh: Tensor | None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """(M, P, over), and with dh (M, P, over, inv, side, half); see the kernel."""
     back, (table, _) = dh is not None, z.pieces(chunk)
