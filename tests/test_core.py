@@ -1,6 +1,7 @@
 """States, files, layouts, registry and backends."""
 
 import errno
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 import longscan
 from longscan import registry
 from longscan.io import SaveError, save_text, write_atomically
+from longscan.ops import dispatch
 from longscan.ops._layout import layout
 from longscan.ops.dispatch import OPS, backend_of, by_kernel, choose
 from longscan.state import State
@@ -144,13 +146,23 @@ def test_a_kernel_runs_where_it_fits(monkeypatch):
     def chosen(op="decay", backend=None, fits=True):
         return choose(op, x, backend, forms, lambda: fits)
 
+    room = SimpleNamespace(shared_memory_per_block_optin=232448)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: room)
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     assert chosen() == "kernel"
+    # A compiler asks once and does not look inside.
+    asked = torch.compile(lambda x: x + dispatch._has_room(0), fullgraph=True, backend="eager")
+    assert asked(x) == 1
     assert chosen(fits=False) == "torch"
     with pytest.raises(ValueError, match="does not compute"):
         chosen(fits=False, backend="triton")
     assert by_kernel("norm", x, lambda: True)
     assert not by_kernel("norm", x, lambda: False)
+    room.shared_memory_per_block_optin = 101376  # a GPU for desktops
+    assert chosen() == "torch"
+    assert chosen(backend="triton") == "kernel"
+    assert not by_kernel("norm", x, lambda: True)
+    room.shared_memory_per_block_optin = 232448
     monkeypatch.setenv("LONGSCAN_BACKEND", "torch")
     assert chosen() == "torch"
     assert not by_kernel("norm", x, lambda: True)

@@ -22,7 +22,10 @@ BACKENDS = ("reference", "torch", "triton")
 KERNELS = (
     "memory", "decay", "delta", "selective", "mlstm", "slstm", "conv", "norm", "loss", "step",
 )  # fmt: skip
-"""Ops with a Triton form, which runs by default on CUDA: every check on a GPU passed."""
+"""Ops with a Triton form, which runs by default on GPUs like those where every check passed."""
+SHARED = 200 * 1024
+"""Bytes of shared memory that the kernels' launches count on, as an H100 and its successors for
+data centres have; GPUs with less run a kernel only where it is asked for."""
 
 # Asked for once: torch.compile cannot trace the question. Not tried on AMD.
 TRITON = find_spec("triton") is not None and torch.version.hip is None
@@ -59,7 +62,12 @@ def backend_of(op: str, x: Tensor, backend: str | None = None) -> Backend:
             return Backend("torch", f"{where} is triton, but the op {why}")
         return Backend(asked, where)
     if fused(op, x):
-        return Backend("triton", f"the kernel for {x.device.type}, where it fits the sizes")
+        if not x.is_cuda or _has_room(x.device.index):
+            return Backend("triton", f"the kernel for {x.device.type}, where it fits the sizes")
+        return Backend(
+            "torch", "the kernels count on the shared memory of an H100, which this GPU lacks; "
+            "LONGSCAN_BACKEND=triton tries them",
+        )  # fmt: skip
     return Backend("torch", f"the chunked PyTorch form, the only fast one for {x.device.type} yet")
 
 
@@ -70,6 +78,13 @@ def fused(op: str, x: Tensor) -> bool:
     if op == "memory" and torch.compiler.is_compiling():  # not a custom op, unlike the others
         return False
     return TRITON
+
+
+@torch.compiler.assume_constant_result
+def _has_room(device: int) -> bool:
+    """Whether a GPU has the shared memory that launches count on."""
+    found = torch.cuda.get_device_properties(device)
+    return getattr(found, "shared_memory_per_block_optin", SHARED) >= SHARED
 
 
 def choose(
