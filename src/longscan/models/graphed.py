@@ -81,7 +81,8 @@ def graphed(model: Step, state: State) -> GraphedStep | None:
 
     A growing cache of attention stays without graphs, also within a window, for its length is
     read on the host. Takes the time of a few tokens, and memory for a second state. Weights are
-    read where they lie: the model must stay on its device, out of autocast.
+    read where they lie: the model must stay on its device, out of autocast. Warns where a capture
+    fails for another reason than the host's waiting.
     """
     tensors = state.flatten().values()
     if not tensors or not all(t.is_cuda for t in tensors) or torch.is_autocast_enabled("cuda"):
@@ -93,7 +94,10 @@ def graphed(model: Step, state: State) -> GraphedStep | None:
         return None
     try:
         return GraphedStep(model, state)
-    except RuntimeError:
+    except RuntimeError as problem:
+        if "synchroniz" not in str(problem):  # else as said above, and as it should be
+            why = str(problem).splitlines()[0]
+            warnings.warn(f"decoding goes on without CUDA graphs: {why}", stacklevel=2)
         return None
 
 
