@@ -309,7 +309,7 @@ def _claim(run: Recorded) -> str:
         low, mean, high = (digits(float(x[n])) for n in ("min", "mean", "max"))
         spread = f"{mean} ({low} to {high}, {x['seeds']} seeds)" if x["seeds"] != "1" else mean
         rows.append([prose(x["case"]), prose(x["metric"]), spread, prose(x["published"])])
-    minutes = {(x["case"], x["minutes"]) for x in run.lines}
+    minutes = dict.fromkeys((x["case"], x["minutes"]) for x in run.lines)  # a set has no order
     about = (
         f"{run.device}, {run.lines[-1]['date'][:10]}, {sum(float(m) for _, m in minutes):.1f} "
         f"minutes; `longscan claims {run.claim.name}` runs it again."
