@@ -148,6 +148,7 @@ def test_a_kernel_runs_where_it_fits(monkeypatch):
 
     room = SimpleNamespace(shared_memory_per_block_optin=232448)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: room)
+    dispatch._room.cache_clear()
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     assert chosen() == "kernel"
     # A compiler asks once and does not look inside.
@@ -159,10 +160,12 @@ def test_a_kernel_runs_where_it_fits(monkeypatch):
     assert by_kernel("norm", x, lambda: True)
     assert not by_kernel("norm", x, lambda: False)
     room.shared_memory_per_block_optin = 101376  # a GPU for desktops
+    dispatch._room.cache_clear()
     assert chosen() == "torch"
     assert chosen(backend="triton") == "kernel"
     assert not by_kernel("norm", x, lambda: True)
     room.shared_memory_per_block_optin = 232448
+    dispatch._room.cache_clear()
     monkeypatch.setenv("LONGSCAN_BACKEND", "torch")
     assert chosen() == "torch"
     assert not by_kernel("norm", x, lambda: True)

@@ -278,6 +278,32 @@ def read_history(path: Path) -> dict[str, list[dict[str, str]]]:
 
 def _speed(rows: list[dict[str, str]]) -> str:
     """Rows of the bench as tables, one for each machine and time they were taken at."""
+    layers = [r for r in rows if r["device"] == "cpu"]
+    ops = [r for r in rows if r["device"] != "cpu"]
+    return "\n\n".join([_layers(layers)] * bool(layers) + [_ops(ops)] * bool(ops))
+
+
+def _ops(rows: list[dict[str, str]]) -> str:
+    """Rows of `bench gpu`: the recurrence alone, in bfloat16."""
+    head = ["Peer", "Shape", "Forward, ms", "Peer's", "Times faster", "With backward, ms", "Peer's",
+            "Times faster", "MiB", "Peer's MiB"]  # fmt: skip
+    numbers = ("ours_forward_ms", "peer_forward_ms", "forward_ratio", "ours_ms", "peer_ms",
+               "ratio", "ours_mib", "peer_mib")  # fmt: skip
+    runs: dict[str, list[list[str]]] = {}
+    for r in rows:
+        about = f"{r['date'][:10]}, {r['device']}, torch {r['torch']}, triton {r['triton']}"
+        cells = [digits(float(r[n])) if r.get(n) else "" for n in numbers]
+        peer = f"{r['row'].rpartition('-')[2]} {r.get('peer_version', '')}".strip()
+        runs.setdefault(about, []).append([peer, r["shape"], *cells])
+    parts = ["Medians of `longscan bench gpu`: the op alone, called from Python in bfloat16, side "
+             "by side with the peer's; MiB the peak beyond the inputs."]  # fmt: skip
+    for about, cells in runs.items():
+        parts += [f"{about}:", table(head, cells)]
+    return "\n\n".join(parts)
+
+
+def _layers(rows: list[dict[str, str]]) -> str:
+    """Rows of `bench cpu`: whole layers."""
     head = ["Peer", "Call", "Shape", "ms", "Peer's ms", "Times faster", "MiB", "Peer's MiB"]
     numbers = ("ours_ms", "peer_ms", "ratio", "ours_mib", "peer_mib")
     runs: dict[str, list[list[str]]] = {}

@@ -35,9 +35,15 @@ def test_the_plan():
     assert Row("gated_deltanet", "flash_qla", 8, 2048) in rows
     assert Row("mlstm 7B", "mlstm_kernels", 1, 16384) in rows
     assert Row("gated_deltanet", "fla", 8, 2048) not in rows
-    assert rows[-1] == Row("kda", "fla", 1, 32768)
-    assert Row("decode kda", OURS, 128, 1) in rows
-    assert Row("gla", OURS, 32, 512) in gpu.plan(options(sweep=True))
+    sides = ["mamba_ssm", "flash_qla", "fla", "mlstm_kernels"]
+    assert list(dict.fromkeys(r.side for r in rows if r.side != OURS)) == sides
+    assert rows[-1] == gpu.LATE
+    assert rows[-2] == Row("decode mlstm", OURS, 128, 1)
+    assert rows.index(Row("attention", OURS, 16, 1024)) < rows.index(
+        Row("mamba", "mamba_ssm", 8, 2048)
+    )
+    swept = gpu.plan(options(sweep=True))
+    assert swept.index(Row("gla", OURS, 32, 512)) > swept.index(Row("decode kda", OURS, 128, 1))
     assert Row("gla", "fla", 32, 512) not in gpu.plan(options(sweep=True))
     picked = gpu.plan(options(rows=["gla/fla", "attention"]))
     assert {(r.op, r.side) for r in picked} == {("gla", "fla"), ("attention", OURS)}
@@ -58,8 +64,10 @@ def test_the_plan():
 
 def test_one_process_for_all_of_ours_and_one_for_each_peer_of_an_op():
     found = gpu.lots(gpu.plan(options()))
-    assert len(found) == 1 + sum(len(op.peers) for op in OPS.values()) - len(gpu.REFUSED)
+    # Decoding and the peer's row that comes last have processes of their own.
+    assert len(found) == 3 + sum(len(op.peers) for op in OPS.values()) - len(gpu.REFUSED)
     assert all(len({r.side for r in lot}) == 1 for lot in found)
+    assert [r for lot in found for r in lot] == gpu.plan(options())
 
 
 CHILD = """
@@ -85,31 +93,62 @@ def test_what_hangs_or_dies_costs_its_own_row(tmp_path):
     found = list(gpu.drive(rows, path, 3.0, {}, [sys.executable, "-c", CHILD]))
     assert [m.op for m in found] == list(ops)
     assert [m.why for m in found] == [
-        "", "no result within 3 s", "it ended: the kernel died", "",
+        "", "no result within 3 s", "it ended with 1: the kernel died", "",
     ]  # fmt: skip
     assert [(m.op, bool(m.forward)) for m in gpu.read(path)] == [
         ("gla", True), ("kda", False), ("mamba", False), ("deltanet", True),
     ]  # fmt: skip
 
 
+def test_a_peer_that_dies_loses_all_its_rows_and_no_time_more(tmp_path):
+    rows = [Row("mamba", "mamba_ssm", b, 2048) for b in (8, 4, 2)] + [Row("gla", "fla", 8, 2048)]
+    path = tmp_path / "rows.jsonl"
+    found = list(gpu.drive(rows, path, 9.0, {}, [sys.executable, "-c", CHILD]))
+    assert [m.why for m in found] == ["it ended with 1: the kernel died"] * 3 + [""]
+    assert len(gpu.read(path)) == 4
+
+
+def test_what_time_does_not_suffice_for_is_told(tmp_path):
+    rows = [Row("kda", OURS, 8, 2048), Row("kda", OURS, 2, 8192), Row("gla", "fla", 8, 2048)]
+    command = [sys.executable, "-c", CHILD]
+    found = list(gpu.drive(rows, tmp_path / "rows.jsonl", 60.0, {}, command, seconds=1.0))
+    assert [m.why for m in found] == ["no result within 1 s"] + ["no time was left"] * 2
+
+
 WARM = """
-import json, sys, time
+import json, os, sys, time
 rows, (part, parts) = json.loads(sys.argv[2]), sys.argv[4:6]
 if rows[0]["op"] == "kda":
     time.sleep(60)
-sys.exit(f"{rows[0]['op']} {len(rows)} {part}/{parts}")
+if rows[0]["op"] == "mlstm":
+    os.abort()
+sys.exit(f"{rows[0]['op']} {len(rows)} {part}/{parts} {sys.argv[7:]}")
 """
 
 
 def test_compiling_is_shared_and_ends_in_time():
     rows = [Row("gla", "fla", 8, t) for t in (512, 2048)] + [Row("kda", "fla", 8, 2048)]
     rows += [Row("gla", OURS, 8, t) for t in (512, 2048)] + [Row("attention", OURS, 8, 2048)]
-    found = list(gpu.warm(rows, 16, 3.0, {}, [sys.executable, "-c", WARM]))
+    qla = [Row("gated_deltanet", "flash_qla", 8, t) for t in (512, 2048)]
+    mlstm = [Row("mlstm", "mlstm_kernels", 8, t) for t in (512, 2048)]
+    rows += qla + mlstm
+    ended = list(gpu.warm(rows, 32, 3.0, {}, [sys.executable, "-c", WARM], "0-7"))
+    found, lost = zip(*ended, strict=True)
     n = gpu.PARTS["fla"]
-    assert len(found) == n + n + 1
+    assert len(found) == n + n + 1 + 2 + 1
     assert sum("not done in time" in text for text in found) == n
-    assert any(text.endswith(f": gla 1 6/{n}") for text in found)
-    assert any(text.endswith(": gla 2 0/1") for text in found)
+    assert any(text.endswith(f": gla 1 6/{n} ['0-7']") for text in found)
+    assert any(text.endswith(": gla 2 0/1 ['0-7']") for text in found)
+    assert sum("gated_deltanet 1 0/1" in text for text in found) == 2  # each length by itself
+    # A peer that an assertion ended is not run again.
+    assert [rows for rows in lost if rows] == [mlstm]
+    ((text, _),) = gpu.warm(rows, 1, 0.0, {}, [sys.executable, "-c", WARM])
+    assert text.startswith("not compiled in time: 2 x gated_deltanet/flash_qla, ")
+
+
+def test_cores():
+    assert gpu.numbers("0-3,8") == {0, 1, 2, 3, 8}
+    assert gpu.numbers("") == set()
 
 
 def test_a_share_of_what_a_tuner_tries(monkeypatch):
@@ -200,7 +239,7 @@ def test_the_table():
 
 
 def test_targets():
-    found = {(v.what, v.quantity): v for v in gpu_targets.verdicts(RESULTS)}
+    found = {(v.what, v.quantity): v for v in gpu_targets.verdicts(RESULTS) if v.by != "graph"}
     fla = found["gla B8 T2048 / fla", "forward+backward"]
     assert (fla.got, fla.asked, fla.met, fla.source) == (2, 2, True, "same run")
     memory = found["gla B8 T2048 / fla", "memory"]
@@ -214,15 +253,71 @@ def test_targets():
     step = measured("decode gla", length=1, batch=128, train=[], graph=[0.16, 0.0])
     colds = [measured(op, "cold", forward=[], train=[], first=8.0) for op in ("gla", "kda")]
     steps = gpu_targets.verdicts([step, *colds])
-    assert [(v.quantity, round(v.got, 2), v.met) for v in steps] == [
-        ("graph / floor", 1.6, False), ("seconds", 16.0, False),
+    assert [(v.quantity, v.by, round(v.got, 2), v.met) for v in steps] == [
+        ("forward", "called", 10.0, False), ("forward", "graph", 1.6, False),
+        ("all together", "", 16.0, False),
     ]  # fmt: skip
+    colds[0].first, colds[0].why = 0.0, "died"
+    assert not gpu_targets.verdicts(colds)  # a sum without one of them is none
+    colds[0].first, colds[0].why = 8.0, ""
     text = gpu_report.tables([*RESULTS, step, *colds])
     assert "NOT met" in text
     assert cells(text, "all")[1] == "16.00"
     (total,) = gpu_report.history_rows(colds)
     assert (total["row"], total["mode"], total["first_s"]) == ("all", "cold", "16")
     assert all(key[0] in OPS for key in (*gpu_targets.TARGETS, *gpu_targets.EARLIER))
+
+
+def test_a_peer_of_another_run_is_compared_within_its_run(tmp_path):
+    """Two calls on the device, one file or two: the newest of a row, sides of one run together."""
+    first = [measured(ms=0.5, about={"run": "1"}), measured(side="fla", ms=1.0, about={"run": "1"})]
+    second = [measured(ms=0.25, about={"run": "2"}), measured("kda", ms=0.3, about={"run": "2"})]
+    paths = [tmp_path / "1.jsonl", tmp_path / "2.jsonl"]
+    for path, results in zip(paths, (first, second), strict=True):
+        for m in results:
+            gpu_measure.write(path, m)
+    gpu_measure.write(paths[1], measured(side="fla", forward=[], train=[], first=0.0, why="late"))
+    for given in (paths, paths[::-1]):
+        found = gpu.read(*given)
+        assert [(m.op, m.side, m.run) for m in gpu_targets.newest(found)] == [
+            ("gla", OURS, "2"), ("gla", "fla", "1"), ("kda", OURS, "2"),
+        ]  # fmt: skip
+        (fla,) = [
+            v for v in gpu_targets.verdicts(found) if v.quantity == "forward" and "fla" in v.what
+        ]
+        assert (fla.got, fla.ours, fla.beside, fla.source) == (2, 0.5, 1, "same run")
+        text = gpu_report.table(found)
+        assert cells(text, "gla", OURS)[5] == "0.250"
+        assert cells(text, "gla", "fla")[11] == "2.00"
+        records = gpu_report.history_rows(found)
+        assert [(r["row"], r["ours_forward_ms"]) for r in records] == [
+            ("gla", "0.25"), ("gla-fla", "0.5"), ("kda", "0.3"),
+        ]  # fmt: skip
+
+
+def test_what_is_replayed_must_be_what_was_called():
+    x = torch.arange(1.0, 4.0)
+    assert gpu_measure.alike([x, x * 1.001], [x, x])
+    assert not gpu_measure.alike([x, x * torch.nan], [x, x])
+    assert not gpu_measure.alike([torch.zeros(3)], [x])
+    assert gpu_measure.alike([torch.zeros(3)], [torch.zeros(3)])
+
+
+def test_times_are_judged_as_called_and_as_graphs():
+    rows = [measured(ms=0.2, graph=[0.2, 0.5]), measured("attention", ms=0.3, graph=[0.3, 0.9])]
+    found = [v for v in gpu_targets.verdicts(rows) if "cuDNN" in v.what]
+    assert [(v.quantity, v.by, round(v.got, 2)) for v in found] == [
+        ("forward", "called", 1.5), ("forward", "graph", 1.5),
+        ("forward+backward", "called", 1.5), ("forward+backward", "graph", 1.8),
+    ]  # fmt: skip
+    rows[1].graph = [0.3, 0.0]  # of a peer that cannot be captured
+    found = [v for v in gpu_targets.verdicts(rows) if "cuDNN" in v.what]
+    assert [v.by for v in found] == ["called", "graph", "called"]
+    floors = [v for v in gpu_targets.verdicts(rows) if "floor" in v.what]
+    assert [(round(v.got, 2), v.asked, v.met) for v in floors] == [
+        (2, 3, True), (2, 3, True), (2, 6, True), (1.67, 6, True),
+    ]  # fmt: skip
+    assert "(called from Python)" in gpu_report.target_table(rows)
 
 
 def model_row(mixer, ms):
@@ -311,7 +406,7 @@ def test_history():
     assert known <= columns
     new = {c for r in rows for c in r} - columns
     assert new <= {"backend", "floor_ms", "first_s", "peer_version", "graph_ms", "tokens_s",
-                   "forward_ratio", "ours_forward_ms", "peer_forward_ms"}  # fmt: skip
+                   "ptxas", "forward_ratio", "ours_forward_ms", "peer_forward_ms"}  # fmt: skip
 
 
 def test_reporting_without_a_gpu(tmp_path, capsys, monkeypatch):
@@ -416,7 +511,11 @@ def test_measuring_a_row(no_device, monkeypatch):
     monkeypatch.setattr(gpu_measure, "replayed", lambda call: call() and 0.1)
     step = gpu_measure.measure(Row("decode mamba", OURS, 2, 1))
     assert step.graph == [0.1, 0.0]
-    assert [v.quantity for v in gpu_targets.verdicts([step])] == ["graph / floor"]
+    assert step.more == {}
+    monkeypatch.setattr(gpu_measure, "replayed", lambda call: 0.0)
+    step = gpu_measure.measure(Row("decode mamba", OURS, 2, 1))
+    assert "not all was captured" in step.more["replay"]
+    assert "not all was captured" in gpu_report.line(step)
 
 
 def test_first_calls(no_device, monkeypatch):
@@ -428,6 +527,16 @@ def test_first_calls(no_device, monkeypatch):
     small = {"norm": (lambda x: 2 * x["x"], lambda: given)}
     monkeypatch.setattr(gpu_measure, "small_ops", lambda: small)
     assert gpu_measure.first_call(Row("norm", "cold", 2, 8)).first > 0
+
+
+@pytest.mark.parametrize("name", ["add_norm", "glu", "rotary", "slstm", "step"])
+def test_small_ops(no_device, name):
+    """Those that do without a device too run on what is made for them."""
+    call, make = gpu_rows.small_ops()[name]
+    x = make()
+    outs, grads = gpu_measure.run(call, x, [t for t in x.values() if t.requires_grad])
+    assert all(t.isfinite().all() for t in (*outs, *grads))
+    assert name == "step" or len(grads) == len(x)
 
 
 # --- the sides compute the same -------------------------------------------------------------

@@ -15,7 +15,16 @@ from longscan.proof.compare import run_once  # noqa: E402
 
 HOPPER = GPUTarget("cuda", 90, 32)
 # Sizes that have launches of their own, and a sequence that is split in time.
-NAMES = ("T=150", "K=128 V=128", "K=256 V=256", "T=4096 usual, K=V=128", "D=128", "D=256")
+NAMES = (
+    "T=150",
+    "K=16 V=64",
+    "K=32 V=64",
+    "K=128 V=128",
+    "K=256 V=256",
+    "T=4096 usual, K=V=128",
+    "D=128",
+    "D=256",
+)
 # Those in Triton with products; selective is in Gluon, which says itself when it waits.
 KERNELS = ("decay", "decay_keys", "delta", "delta_keys", "mlstm", "slstm")
 

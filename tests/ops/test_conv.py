@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from longscan.ops import conv as module
+from longscan.ops._conv_fused import between, flat
 from longscan.ops.conv import conv, conv_reference
 
 NAMES = ["y", "window", "dx", "dweight", "dbias", "dstate"]
@@ -147,3 +148,12 @@ def test_mistakes_are_explained():
         conv(x.long(), weight)
     with pytest.raises(ValueError, match="batch must be 1"):
         conv(x, weight, cu_seqlens=torch.tensor([0, 5]))
+
+
+def test_the_distance_of_tokens_that_are_alone_in_their_rows():
+    x = torch.randn(1, 5, 8).transpose(0, 1)
+    assert x.is_contiguous()
+    assert x.stride(1) == 40
+    assert flat(x) is x
+    assert between(x) == 8
+    assert between(flat(torch.randn(5, 3, 16)[:, :1, :8])) == 48

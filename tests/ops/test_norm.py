@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import assert_close
 
-from longscan.ops.norm import gated_rms_norm, head_rms_norm, l2_norm, rms_norm
+from longscan.ops.norm import add_rms_norm, gated_rms_norm, head_rms_norm, l2_norm, rms_norm
 
 F64 = torch.float64
 
@@ -30,6 +30,20 @@ def test_rms_norm(shape):
 
     _same(lambda x, w: rms_norm(x, w, 1e-3), formula, x, w)
     _same(lambda x: rms_norm(x, None, 1e-3), lambda x: formula(x, 1.0), x)
+
+
+def test_add_rms_norm():
+    """The norm of a sum, and the sum: both differentiable, in the dtypes asked for."""
+    x, b, w = (torch.randn(2, 3, 8, dtype=F64), torch.randn(2, 3, 8, dtype=F64),
+               torch.randn(8, dtype=F64))  # fmt: skip
+    _same(
+        lambda x, b, w: torch.cat(add_rms_norm(x, b, w, 1e-3)),
+        lambda x, b, w: torch.cat([rms_norm(x + b, w, 1e-3), x + b]),
+        x, b, w,
+    )  # fmt: skip
+    y, total = add_rms_norm(x.float(), b.bfloat16(), w.float(), dtype=torch.bfloat16)
+    assert (y.dtype, total.dtype) == (torch.bfloat16, torch.float32)
+    assert rms_norm(x.float(), w.float(), dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.25])

@@ -99,6 +99,33 @@ def test_any_packing(op, seed, lengths, gate, chunk):
     compare(op, x, state, chunk=chunk, cu_seqlens=torch.tensor([0, *lengths]).cumsum(0))
 
 
+@pytest.mark.parametrize("length", [1, 33])
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_factors_of_writes_and_the_way_around_are_products(backend, gate, length):
+    """Of `decay`: scale and skip are what one could multiply outside; their gradients too."""
+    x, state = draw(
+        "decay", 5, rows=2, length=length, groups=1, repeat=2, d_key=3, d_value=4, gate=gate
+    )
+    g = torch.Generator().manual_seed(6)
+    x["scale"] = torch.randn(2, length, 2, dtype=F64, generator=g)
+    x["skip"] = torch.randn(2, dtype=F64, generator=g)
+    results = []
+    for inside in (True, False):
+        leaves = {k: t.clone().requires_grad_() for k, t in x.items()}
+        rest = dict(leaves)
+        if not inside:
+            scale, skip = rest.pop("scale"), rest.pop("skip")
+            rest["v"] = scale.unsqueeze(-1) * rest["v"]
+        o, s = run("decay", rest, state=state, backend=backend)
+        if not inside:
+            o = o + skip.unsqueeze(-1) * leaves["v"]
+        loss = o.square().sum() + s.square().sum()
+        results.append([o, s, *torch.autograd.grad(loss, list(leaves.values()))])
+    for name, a, b in zip(["o", "state", *x], *results, strict=True):
+        assert_close(a, b, "float64", name)
+
+
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("op", ["decay", "delta"])
 def test_gradcheck_of_the_definition(op, gate):
@@ -270,6 +297,20 @@ def _good():
 def test_bad_input_says_what_to_do(change, message):
     with pytest.raises((ValueError, TypeError), match=message):
         delta(**{**_good(), **({"state": None} if "cu_seqlens" in change else {}), **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"scale": torch.zeros(2, 5, 1)}, "scale must have shape"),
+        ({"skip": torch.zeros(2, 3)}, "skip must have shape"),
+        ({"skip": torch.zeros(2, dtype=torch.long)}, "floating point"),
+    ],
+)
+def test_bad_factors_of_writes(change, message):
+    x = _good()
+    with pytest.raises((ValueError, TypeError), match=message):
+        decay(x["k"], x["k"], torch.zeros(2, 5, 2, 3, dtype=F64), **change)
 
 
 def test_heads_must_divide():

@@ -4,7 +4,8 @@ import pytest
 import torch
 from helpers import TOLERANCE, assert_close
 
-from longscan.ops.rotary import rotary, rotary_at, rotary_factors
+from longscan.ops.norm import rms_norm
+from longscan.ops.rotary import rotary, rotary_at, rotary_factors, rotary_heads
 
 F64 = torch.float64
 D = 8
@@ -80,6 +81,31 @@ def test_rotary_table_of_inference_mode_can_train():
     x = normal(1, 3, 1, 10).requires_grad_()
     turned(x, dim=10, theta=77.0).sum().backward()
     assert x.grad is not None
+
+
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("turns", [False, True])
+def test_rotary_heads_are_parts_of_a_projection(turns, normed):
+    x = normal(2, 5, (4 + 2 * 2) * D + 3)
+    cos, sin = rotary_factors(5, 4, dtype=F64) if turns else (None, None)
+    weights = (normal(D, seed=1), normal(D, seed=2)) if normed else None
+    q, k, v, rest = rotary_heads(x, cos, sin, weights, heads=4, groups=2, d_head=D, eps=1e-3)
+    parts = [p.unflatten(-1, (-1, D)) for p in x[..., :-3].split([4 * D, 2 * D, 2 * D], -1)]
+    for i, got in enumerate((q, k)):
+        want = rms_norm(parts[i], weights[i], 1e-3) if weights else parts[i]
+        assert_close(got, rotary(want, cos, sin) if turns else want, "float64")
+    assert torch.equal(v, parts[2])
+    assert torch.equal(rest, x[..., -3:])
+
+
+def test_factors_of_a_packing_are_kept_until_it_changes():
+    bounds = packing([4, 10, 2])
+    with torch.inference_mode():
+        first = rotary_factors(16, D, cu_seqlens=bounds)
+    assert rotary_factors(16, D, cu_seqlens=bounds)[0] is first[0]
+    assert not first[0].is_inference()
+    bounds[1] = 6
+    assert not torch.equal(rotary_factors(16, D, cu_seqlens=bounds)[0], first[0])
 
 
 def test_odd_rotary_dim_is_refused():

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
@@ -19,6 +20,8 @@ from torch import Tensor
 from longscan.bench import report
 from longscan.bench.gpu_rows import OPS, OURS, inputs, small_ops
 
+COMMAND = [sys.executable, "-m", "longscan.bench.gpu"]
+"""What is started again for the parts of a run."""
 REPEAT = {"warmup": 25, "rep": 100}
 PACKAGES = {
     "fla": "fla-core", "flash_qla": "flash-qla", "mamba_ssm": "mamba-ssm",
@@ -77,6 +80,11 @@ class Measured:
         """Whether there is a number."""
         return bool(self.forward or self.train or self.first)
 
+    @property
+    def run(self) -> str:
+        """When the command began that measured it."""
+        return self.about.get("run", "")
+
 
 def write(path: Path, done: Measured) -> None:
     """Append a result to a file."""
@@ -131,6 +139,8 @@ def measure(row: Row, graph: bool = True) -> Measured:
                 out.graph[i] = replayed(f)
         except Exception as problem:
             out.more["graph"] = said(problem)
+        if not all(out.graph[: len(calls)]) and "graph" not in out.more:
+            out.more["replay"] = "a graph of it computes something else: not all was captured"
     return out
 
 
@@ -164,23 +174,41 @@ def timed(call: Callable[[], Any]) -> list[float]:
 
 
 def replayed(call: Callable[[], Any]) -> float:
-    """Milliseconds of the call replayed as a CUDA graph: no launches by the host."""
+    """Milliseconds of the call replayed as a CUDA graph: no launches by the host.
+
+    0 if the replay computes something else than the call, as kernels on a stream of their own are
+    not captured.
+    """
     from triton.testing import do_bench
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        call()
+        want = [t.detach() for t in flat(call())]
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     # The engine's own thread launches the backward, so only this thread is watched.
     with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-        kept = call()
+        kept = [t.detach() for t in flat(call())]
+    for t in kept:
+        t.fill_(math.nan)
+    graph.replay()
+    torch.cuda.synchronize()
+    if not alike(kept, want):
+        return 0.0
+    del want
     bench: Any = do_bench
     ms = bench(graph.replay, **REPEAT, return_mode="median")
     del kept
     return float(f"{ms:.4g}")
+
+
+def alike(got: Sequence[Tensor], want: Sequence[Tensor]) -> bool:
+    """Whether all are the same but for the order of sums."""
+    off = [(a.float() - b.float()).norm() / b.float().norm().clamp_min(1e-30)
+           for a, b in zip(got, want, strict=True)]  # fmt: skip
+    return all(x.item() < 0.05 for x in off)
 
 
 def first_call(row: Row) -> Measured:
@@ -240,6 +268,16 @@ def version_of(row: Row) -> str:
     return report.version(PACKAGES[row.side]) if row.side in PACKAGES else ""
 
 
+def assembler() -> str:
+    """The release of CUDA whose ptxas Triton uses in this process: ours chooses another."""
+    try:
+        from triton import knobs
+
+        return knobs.nvidia.ptxas.version
+    except Exception:  # other releases of Triton, and machines without
+        return ""
+
+
 def child(rows: Sequence[Row], args: Any) -> None:
     """Measure rows one after the other; a line for each in args.out.
 
@@ -261,7 +299,7 @@ def child(rows: Sequence[Row], args: Any) -> None:
                 done.first *= not args.ready
         except Exception as problem:
             done = Measured(**asdict(row), why=said(problem))
-        done.about = {**about, "peer": version_of(row)}
+        done.about = {**about, "peer": version_of(row), "ptxas": assembler()}
         if torch.cuda.is_available() and row.side not in (COLD, AGAIN):
             try:
                 done.about["bandwidth"] = f"{bandwidth():.4g}"
@@ -282,9 +320,8 @@ def renew(rows: Sequence[Row], args: Any, skip: Sequence[str]) -> None:
     skip = [*args.skip_graph, *skip]
     sys.stderr.flush()
     os.execv(
-        sys.executable,
-        [sys.executable, "-m", "longscan.bench.gpu",
-         "--child", json.dumps([asdict(r) for r in rows]), "--out", str(args.out),
+        COMMAND[0],
+        [*COMMAND, "--child", json.dumps([asdict(r) for r in rows]), "--out", str(args.out),
          "--run", args.run, *(f for f, on in flags.items() if on),
          *(["--skip-graph", *skip] if skip else [])],
     )  # fmt: skip
@@ -323,8 +360,10 @@ def compile_share(part: int, parts: int) -> None:
     Autotuner.__init__, Autotuner.run, Autotuner._bench = init, one, compiled
 
 
-def prepare(rows: Sequence[Row], part: int, parts: int) -> None:
-    """Compile what rows need, or a share of it."""
+def prepare(rows: Sequence[Row], part: int, parts: int, cores: Collection[int] = ()) -> None:
+    """Compile what rows need, or a share of it; cores: of the processor, where it may run."""
+    if cores:
+        os.sched_setaffinity(0, cores)
     if parts > 1:
         compile_share(part, parts)
     for row in rows:

@@ -6,16 +6,33 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from longscan.bench.gpu_models import SIZES, SOFT
 from longscan.bench.gpu_rows import OPS, OURS
-from longscan.bench.gpu_targets import TARGETS, beside, find, floors, middle, verdicts
+from longscan.bench.gpu_targets import (
+    TARGETS,
+    beside,
+    find,
+    floors,
+    middle,
+    newest,
+    times,
+    tokens_per_second,
+    verdicts,
+)  # fmt: skip
 from longscan.bench.measure import digits
 from longscan.bench.report import commit, markdown
 
 if TYPE_CHECKING:
     from longscan.bench.gpu_measure import Measured
+
+SETTINGS = (
+    "Weights and gradients in float32, products and activations in bfloat16 by autocast, all "
+    "activations kept, fused AdamW, random tokens. Attention is Llama's block: heads of 128 (keys "
+    "and values not grouped), rotary positions, RMSNorm, SwiGLU 8/3 as wide, untied tables."
+)
+"""Of the models."""
 
 
 def line(m: Measured) -> str:
@@ -35,6 +52,9 @@ def line(m: Measured) -> str:
         parts.append(f"with backward {digits(middle(m.train))} ms")
     if m.graph[0]:
         parts.append("as graphs " + " / ".join(digits(t) for t in m.graph if t))
+    why = m.more.get("graph") or m.more.get("replay")
+    if why:
+        parts.append(f"no graph ({why[:80]})")
     parts.append(f"{m.mib:.0f} MiB")
     if m.first:
         parts.append(f"first {m.first:.1f} s")
@@ -47,7 +67,7 @@ def tables(results: Sequence[Measured]) -> str:
     """All that there is to say, in markdown."""
     ops = [m for m in results if m.op in OPS and m.side not in ("cold", "again")]
     models = [m for m in results if m.op in SIZES]
-    colds = [m for m in results if m.side in ("cold", "again")]
+    colds = [m for m in newest(results) if m.side in ("cold", "again")]
     parts = [table(ops) if ops else "", model_table(models) if models else ""]
     parts += [cold_table(colds) if colds else "", target_table(results)]
     return "\n\n".join(p for p in parts if p)
@@ -61,23 +81,25 @@ def table(results: Sequence[Measured]) -> str:
     ]  # fmt: skip
     lines = []
     order = list(OPS)
-    for m in sorted(results, key=lambda m: (order.index(m.op), m.length, m.side != OURS)):
+    rows = sorted(newest(results), key=lambda m: (order.index(m.op), m.length, m.side != OURS))
+    for m in rows:
         start = [m.op, m.side if m.op != "attention" else "cuDNN", OPS[m.op].sizes]
         start += [str(m.batch), str(m.length)]
         if not m.forward:
             lines.append([*start, m.why[:60], *[""] * (len(head) - 6)])
             continue
-        times = [middle(m.forward), middle(m.train)]
-        ours = find(results, m.op, OURS, m.batch, m.length)
-        soft = None if OPS[m.op].step else find(results, "attention", OURS, m.batch, m.length)
-        cells = [number(t) for t in (*times, *m.graph)]
-        cells += [number(t / f) if f else "" for t, f in zip(times, floors(m), strict=True)]
+        called, graph = times(m).values()
+        ours = find(results, m.op, OURS, m.batch, m.length, m.run)
+        soft = None
+        if not OPS[m.op].step:
+            soft = find(results, "attention", OURS, m.batch, m.length, m.run)
+        cells = [number(t) for t in (*called, *graph)]
+        cells += [number(t / f) if f else "" for t, f in zip(called, floors(m), strict=True)]
         for other, upside in ((ours, False), (soft, True)):
             if other is None or other is m:
                 cells += ["", ""]
                 continue
-            beside = [middle(other.forward), middle(other.train)]
-            pairs = zip(times, beside, strict=True)
+            pairs = zip(called, times(other)["called"], strict=True)
             cells += [number(b / a if upside else a / b) for a, b in pairs]
         cells.append(f"{m.mib:.0f}")
         cells.append(number(m.mib / ours.mib) if ours and ours is not m and ours.mib else "")
@@ -91,11 +113,6 @@ def number(x: float) -> str:
     return digits(x) if x > 0 else ""
 
 
-def tokens_per_second(m: Measured) -> float:
-    """Of a model's training."""
-    return m.more["tokens"] / (middle(m.train) / 1e3)
-
-
 def model_table(results: Sequence[Measured]) -> str:
     """Training of models; utilisation: the operations that a step needs, over those that a large
     product would do in its time."""
@@ -106,7 +123,7 @@ def model_table(results: Sequence[Measured]) -> str:
     lines = []
     order = list(SIZES)
     for m in sorted(
-        results, key=lambda m: (order.index(m.op), m.length, SOFT not in m.side, m.side)
+        newest(results), key=lambda m: (order.index(m.op), m.length, SOFT not in m.side, m.side)
     ):
         if not m.train:
             blank = [""] * 8
@@ -124,7 +141,7 @@ def model_table(results: Sequence[Measured]) -> str:
             f"{tokens_per_second(m):,.0f}", number(ratio), number(used), f"{m.mib:.0f}",
             m.more.get("attention", ""),
         ])  # fmt: skip
-    return markdown(head, lines)
+    return f"{markdown(head, lines)}\n\n{SETTINGS}"
 
 
 def cold_table(results: Sequence[Measured]) -> str:
@@ -146,13 +163,17 @@ def target_table(results: Sequence[Measured]) -> str:
     if not found:
         return ""
     lines = [
-        [v.what, v.quantity, digits(v.got), ("<= " if v.most else ">= ") + f"{v.asked:g}",
-         "met" if v.met else "NOT met", v.source]
+        [v.what, v.quantity, v.by, digits(v.ours), digits(v.beside), v.unit, digits(v.got),
+         ("<= " if v.most else ">= ") + f"{v.asked:g}", "met" if v.met else "NOT met", v.source]
         for v in found
     ]  # fmt: skip
-    met = sum(v.met for v in found)
-    head = ["ours / beside", "of", "got", "target", "", "beside measured in"]
-    return f"{markdown(head, lines)}\n\n{met} of {len(found)} targets met."
+    head = ["ours / beside", "of", "by", "ours", "beside", "", "ratio", "target", "",
+            "beside measured in"]  # fmt: skip
+    met = []
+    for by, words in (("called", "called from Python"), ("graph", "as CUDA graphs"), ("", "other")):
+        some = [v.met for v in found if v.by == by]
+        met += [f"{sum(some)} of {len(some)} ({words})"] if some else []
+    return f"{markdown(head, lines)}\n\nTargets met: {', '.join(met)}."
 
 
 # --- bench/history.csv ----------------------------------------------------------------------
@@ -161,13 +182,14 @@ def target_table(results: Sequence[Measured]) -> str:
 def history_rows(results: Sequence[Measured]) -> list[dict[str, str]]:
     """One flat record a result: times of forward with backward in the columns that all commands
     have, those of forward beside; records of a peer hold ours as well. First calls are summed."""
-    cold = [m for m in results if m.side in ("cold", "again")]
+    rows = newest(results)
+    cold = [m for m in rows if m.side in ("cold", "again")]
     totals = [
         replace(ms[0], op="all", first=sum(m.first for m in ms))
         for side in ("cold", "again")
         if (ms := [m for m in cold if m.side == side])
     ]
-    return [_record(m, results) for m in (*(m for m in results if m not in cold), *totals)]
+    return [_record(m, results) for m in (*(m for m in rows if m not in cold), *totals)]
 
 
 def _record(m: Measured, results: Sequence[Measured]) -> dict[str, str]:
@@ -179,7 +201,7 @@ def _record(m: Measured, results: Sequence[Measured]) -> dict[str, str]:
         sizes = f"{m.more['parameters'] / 1e6:.0f}M" if m.train else ""
     else:
         single = m.side in (OURS, "cold", "again")
-        ours = m if single else find(results, m.op, OURS, m.batch, m.length)
+        ours = m if single else find(results, m.op, OURS, m.batch, m.length, m.run)
         peer = None if single else m
         if soft:
             ours, peer = None, m
@@ -239,45 +261,61 @@ def _ratio(mine: dict[str, str], theirs: dict[str, str], what: str) -> str:
 # --- a picture ------------------------------------------------------------------------------
 
 
+FAMILIES = {
+    "decays": ("decay", "gla"),
+    "delta rule": ("deltanet", "gated_deltanet", "kda"),
+    "Mamba": ("mamba2", "mamba"),
+    "mLSTM": ("mlstm", "mlstm 7B"),
+}
+"""Of the picture: a column each, with attention in all."""
+
+
 def plot(results: Sequence[Measured], path: Path) -> None:
     """Time against length, forward and with backward, by calls and as CUDA graphs (thin);
     attention is drawn dashed, peers dotted."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 5.5))
+    figure = Figure(figsize=(15, 8))
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, 2)
-    for at, (axis, what) in enumerate(zip(axes, ("forward", "train"), strict=True)):
-        lengths: set[int] = set()
-        for i, op in enumerate(o for o in OPS if not OPS[o].step):
-            for side in [OURS, *OPS[op].peers]:
-                rows = [m for m in results if m.op == op and m.side == side and m.forward]
-                rows.sort(key=lambda m: m.length)
-                if len(rows) < 2:
-                    continue
-                lengths |= {m.length for m in rows}
-                soft = op == "attention"
-                style = "--" if soft else ("-o" if side == OURS else ":x")
-                colour = "black" if soft else f"C{i % 10}"
-                label = "softmax attention (cuDNN)" if soft else f"{op}, {side}"
-                # Per token, as a row of 32768 tokens holds twice as many as the others.
-                for thin in (False, True):
-                    ms = [m.graph[at] if thin else middle(getattr(m, what)) for m in rows]
-                    if not all(ms):
-                        continue
-                    each = [1e6 * t / (m.batch * m.length) for t, m in zip(ms, rows, strict=True)]
-                    axis.plot([m.length for m in rows], each, style, color=colour, markersize=4,
-                              linewidth=0.7 if thin else 1.6, alpha=0.6 if thin else 1.0,
-                              label=None if thin else label)  # fmt: skip
-        axis.set(xscale="log", yscale="log", xlabel="tokens of a sequence", ylabel="ns a token")
-        axis.set_title("forward" if what == "forward" else "forward and backward")
-        axis.set_xticks(sorted(lengths))
-        axis.set_xticklabels([str(t) for t in sorted(lengths)], fontsize=7)
+    axes = figure.subplots(2, len(FAMILIES), sharex=True, sharey="row")
+    lengths = sorted({m.length for m in results if m.op in OPS and m.forward and m.length > 1})
+    for column, (family, ops) in enumerate(FAMILIES.items()):
+        for i, op in enumerate((*ops, "attention")):
+            drawn = [m for m in newest(results) if m.op == op and m.forward]
+            for side in dict.fromkeys(m.side for m in drawn):
+                rows = sorted((m for m in drawn if m.side == side), key=lambda m: m.length)
+                for row in (0, 1):
+                    _draw(axes[row, column], row, rows, "black" if op == "attention" else f"C{i}")
+        axes[0, column].set_title(family)
+        axes[0, column].legend(fontsize=7)
+        axes[1, column].set_xlabel("tokens of a sequence")
+    for row, words in enumerate(("forward", "forward and backward")):
+        axes[row, 0].set_ylabel(f"{words}, ns a token")
+    for axis in axes.flat:
+        axis.set(xscale="log", yscale="log", xticks=lengths)
+        axis.set_xticklabels([str(t) for t in lengths], fontsize=7, rotation=45)
         axis.minorticks_off()
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=7, ncols=2)
     device = next((m.about["device"] for m in results if m.about.get("device")), "")
-    figure.suptitle(f"{device}, bfloat16; thin: as CUDA graphs", fontsize=9)
+    figure.suptitle(f"{device}, bfloat16; thin: replayed as CUDA graphs", fontsize=9)
     figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=110)
+
+
+def _draw(axis: Any, at: int, rows: Sequence[Measured], colour: str) -> None:
+    """The lines of a side of an op; at: 0 forward, 1 with backward."""
+    if not rows:
+        return
+    op, side = rows[0].op, rows[0].side
+    soft = op == "attention"
+    style = "--" if soft else ("-o" if side == OURS else ":x")
+    label = "softmax attention (cuDNN)" if soft else f"{op}, {side}"
+    for by, width in (("called", 1.6), ("graph", 0.7)):
+        # Per token, as a row of 32768 tokens holds twice as many as the others.
+        points = [(m.length, 1e6 * times(m)[by][at] / (m.batch * m.length)) for m in rows]
+        points = [p for p in points if p[1] > 0]
+        if points:
+            axis.plot(*zip(*points, strict=True), style, color=colour, markersize=4,
+                      linewidth=width, alpha=0.6 if by == "graph" else 1.0,
+                      label=label if by == "called" else None)  # fmt: skip

@@ -131,12 +131,7 @@ def ssd_inputs(b: int, t: int) -> Inputs:
 
 def ssd(backend: str) -> Call:
     run = op("decay", backend)
-
-    def call(x: Inputs) -> Tensor:
-        values = x["x"] * x["dt"].unsqueeze(-1)
-        return run(x["C"], x["B"], values, x["dt"] * x["A"])
-
-    return call
+    return lambda x: run(x["C"], x["B"], x["x"], x["dt"] * x["A"], scale=x["dt"])
 
 
 def ssd_peer(x: Inputs) -> Tensor:
@@ -304,8 +299,9 @@ def time_last(x: Inputs) -> Inputs:
 
 
 def heads_first(x: Inputs) -> Inputs:
-    """And keys without the scale that the peer applies by itself."""
-    x = {**x, "k": x["k"] * x["k"].shape[-1] ** 0.5}
+    """And keys without the scale that the peer applies by itself, and gates in float32: of
+    bfloat16 ones its kernels end Triton 3.6 by an assertion of LLVM."""
+    x = {**x, "k": x["k"] * x["k"].shape[-1] ** 0.5, "i": x["i"].float(), "f": x["f"].float()}
     return {n: t.transpose(1, 2).contiguous() for n, t in x.items()}
 
 
@@ -367,9 +363,26 @@ def small_ops() -> dict[str, tuple[Call, Callable[[], Inputs]]]:
     def loss(x: Inputs) -> Tensor:
         return need("longscan.ops.loss").linear_cross_entropy(x["x"], x["w"], x["targets"])
 
+    def rotary(x: Inputs) -> Tensor:
+        op = need("longscan.ops.rotary")
+        cos, sin = op.rotary_factors(x["x"].shape[1], 128, device=x["x"].device)
+        return op.rotary_heads(x["x"], cos, sin, heads=16, groups=16, d_head=128)[0]
+
+    def slstm(x: Inputs) -> Tensor:
+        return need("longscan.ops.slstm").slstm(x["gates"], x["r"], x["bias"])[0]
+
     return {
         "conv": (conv, lambda: given(x=normal(2, 512, 6144), w=normal(6144, 4), b=normal(6144))),
         "norm": (norm, lambda: given(x=normal(1024, 2048), w=normal(2048))),
+        "add_norm": (lambda x: need("longscan.ops.norm").add_rms_norm(x["x"], x["y"], x["w"]),
+                     lambda: given(x=normal(1024, 2048), y=normal(1024, 2048), w=normal(2048))),
+        "glu": (lambda x: need("longscan.ops.glu").glu(x["x"]),
+                lambda: given(x=normal(1024, 11264))),
+        "rotary": (rotary, lambda: given(x=normal(2, 512, 6144))),
+        "slstm": (slstm, lambda: given(gates=normal(2, 64, 4, 4, 64), r=normal(4, 64, 4, 64),
+                                       bias=normal(4, 4, 64))),
+        "step": (token, lambda: heads(gate="key")(2, 1)
+                 | {"state": torch.zeros(2, 16, 128, 128, device="cuda")}),
         "loss": (loss, lambda: given(x=normal(1024, 2048), w=normal(32000, 2048), targets=
                                      torch.randint(32000, (1024,), device="cuda"))),
     }  # fmt: skip

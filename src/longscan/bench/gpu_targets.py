@@ -32,11 +32,18 @@ TARGETS: dict[tuple[str, str], Target] = {
     **{(op, "mlstm_kernels"): Target(2, 2) for op in ("mlstm", "mlstm 7B")},
     ("gated_deltanet", "flash_qla"): Target(1, 1.3),
 }
+FLOORS = {
+    **dict.fromkeys(("decay", "deltanet", "gated_deltanet"), (2, 4)),
+    **dict.fromkeys(("gla", "kda"), (3, 6)),
+}
+"""Forward, and forward with backward, over the time of moving their bytes once, at FLOORS_AT; at
+most. More for a gate per key."""
+FLOORS_AT = (8, 2048)
 SOFTMAX = Target(1, 1)
 """Beside cuDNN attention at as many heads of the same size, from SOFTMAX_FROM tokens on."""
 SOFTMAX_FROM = 1024
 STEP = 1.5
-"""A decoding step, as a CUDA graph, over the time that moving its bytes once takes; at most."""
+"""A decoding step over the time that moving its bytes once takes; at most."""
 COLD = 15.0
 """Seconds of the first calls of all ops together; at most."""
 MODELS = {8192: 1.3, 2048: 1.0}
@@ -67,10 +74,18 @@ EARLIER: dict[tuple[str, str, int, int], tuple[float, float, float]] = {
 
 @dataclass(frozen=True)
 class Verdict:
-    """One target: `got` against `asked`; at most that, or at least."""
+    """One target: `got` against `asked`; at most that, or at least.
+
+    by: how times were taken, "called" from Python or "graph", replayed as CUDA graphs; "" for what
+    is no such time. ours, beside: the numbers behind it, in `unit`.
+    """
 
     what: str
     quantity: str
+    by: str
+    ours: float
+    beside: float
+    unit: str
     got: float
     asked: float
     most: bool = False
@@ -85,6 +100,11 @@ def middle(ms: Sequence[float]) -> float:
     return statistics.median(ms) if ms else math.nan
 
 
+def times(m: Measured) -> dict[str, tuple[float, float]]:
+    """Milliseconds of forward, and with backward, by how they were taken; 0 or nan if not."""
+    return {"called": (middle(m.forward), middle(m.train)), "graph": (m.graph[0], m.graph[1])}
+
+
 def floors(m: Measured) -> tuple[float, float]:
     """Milliseconds in which a copy would move the bytes that forward, and both, must move."""
     speed = float(m.about.get("bandwidth") or "nan")
@@ -92,17 +112,22 @@ def floors(m: Measured) -> tuple[float, float]:
 
 
 def find(
-    results: Sequence[Measured], op: str, side: str, batch: int, length: int
+    results: Sequence[Measured], op: str, side: str, batch: int, length: int, run: str = ""
 ) -> Measured | None:
-    """The result of a row, if it has times."""
+    """The newest result of a row, if it has times; that of a `run` if there is one."""
     found = [m for m in results if m.key == (op, side, batch, length) and (m.forward or m.train)]
-    return found[-1] if found else None
+    return next((m for m in reversed(found) if m.run == run), found[-1] if found else None)
+
+
+def newest(results: Sequence[Measured]) -> list[Measured]:
+    """One result of each row."""
+    return list({m.key: m for m in results}.values())
 
 
 def beside(m: Measured, results: Sequence[Measured]) -> Measured | None:
     """The model with attention that another is compared with."""
     side = SOFT + COMPILED * m.side.endswith(COMPILED)
-    return find(results, m.op, side, m.batch, m.length)
+    return find(results, m.op, side, m.batch, m.length, m.run)
 
 
 def comparable(op: str) -> bool:
@@ -113,57 +138,81 @@ def comparable(op: str) -> bool:
 def verdicts(results: Sequence[Measured]) -> list[Verdict]:
     """All targets that these results can be judged by."""
     out: list[Verdict] = []
-    for m in results:
+    rows = newest(results)
+    for m in rows:
         if m.op in SIZES:
             out += _model(m, results)
         elif m.side == OURS and m.op != "attention" and m.forward:
             out += _step(m) if OPS[m.op].step else _op(m, results)
-    colds = [m for m in results if m.side == "cold" and m.first]
-    if colds:
-        ops = f"first calls of {len(colds)} ops"
-        out.append(Verdict(ops, "seconds", sum(m.first for m in colds), COLD, True))
+    colds = [m for m in rows if m.side == "cold"]
+    if colds and all(m.first for m in colds):
+        ops, total = f"first calls of {len(colds)} ops", sum(m.first for m in colds)
+        out.append(Verdict(ops, "all together", "", total, COLD, "s", total, COLD, True))
     return out
 
 
 def _op(m: Measured, results: Sequence[Measured]) -> list[Verdict]:
     where = f"{m.op} B{m.batch} T{m.length}"
     out = []
+    if m.op in FLOORS and (m.batch, m.length) == FLOORS_AT:
+        out += _floors(m, f"{where} / floor", FLOORS[m.op])
     pairs = [(side, TARGETS.get((m.op, side)), side, m.op) for side in OPS[m.op].peers]
     if comparable(m.op) and m.length >= SOFTMAX_FROM:
         pairs.append(("cuDNN attention", SOFTMAX, OURS, "attention"))
     for name, target, side, op in pairs:
         if target is None:
             continue
-        peer = find(results, op, side, m.batch, m.length)
+        peer = find(results, op, side, m.batch, m.length, m.run)
+        ours, source = m, "kernel_targets.md"
         if peer is not None:
-            times = middle(peer.forward), middle(peer.train), peer.mib / 1024
-            source = "same run" if peer.about.get("run") == m.about.get("run") else "other run"
+            ours = find(results, m.op, OURS, m.batch, m.length, peer.run) or m
+            source = "same run" if peer.run == ours.run else "other run"
+            theirs, mib = times(peer), peer.mib
         elif (key := (op, side, m.batch, m.length)) in EARLIER:
-            times, source = EARLIER[key], "kernel_targets.md"
+            *called, gib = EARLIER[key]
+            theirs, mib = {"called": (called[0], called[1])}, 1024 * gib
         else:
             continue
         what = f"{where} / {name}"
-        for quantity, a, b, asked in (
-            ("forward", m.forward, times[0], target.forward),
-            ("forward+backward", m.train, times[1], target.train),
-        ):
-            out.append(Verdict(what, quantity, b / middle(a), asked, source=source))
-        if target.memory and times[2]:
-            share = m.mib / 1024 / times[2]
-            out.append(Verdict(what, "memory", share, target.memory, True, source))
+        for i, asked in enumerate((target.forward, target.train)):
+            for by, ms in theirs.items():
+                mine = times(ours)[by][i]
+                if mine > 0 and ms[i] > 0:  # no numbers are not
+                    out.append(Verdict(what, QUANTITIES[i], by, mine, ms[i], "ms", ms[i] / mine,
+                                       asked, source=source))  # fmt: skip
+        if target.memory and mib:
+            out.append(Verdict(what, "memory", "", ours.mib, mib, "MiB", ours.mib / mib,
+                               target.memory, True, source))  # fmt: skip
     return out
 
 
+QUANTITIES = ("forward", "forward+backward")
+
+
+def _floors(m: Measured, what: str, asked: Sequence[float]) -> list[Verdict]:
+    return [
+        Verdict(what, QUANTITIES[i], by, ms[i], floor, "ms", ms[i] / floor, most, True)
+        for i, (most, floor) in enumerate(zip(asked, floors(m), strict=False))
+        for by, ms in times(m).items()
+        if ms[i] > 0 and floor > 0
+    ]
+
+
 def _step(m: Measured) -> list[Verdict]:
-    floor = floors(m)[0]
-    ms, how = (m.graph[0], "graph") if m.graph[0] else (middle(m.forward), "call")
-    return [Verdict(f"{m.op} B{m.batch}", f"{how} / floor", ms / floor, STEP, True)]
+    return _floors(m, f"{m.op} B{m.batch} / floor", (STEP,))
 
 
 def _model(m: Measured, results: Sequence[Measured]) -> list[Verdict]:
     soft = beside(m, results)
-    if soft is m or soft is None or not m.train or m.length not in MODELS:
+    if m.side.startswith(SOFT) or soft is None or not m.train or m.length not in MODELS:
         return []
     what = f"{m.op} {m.side} B{m.batch} T{m.length} / {SOFT}"
-    ratio = middle(soft.train) / middle(m.train)
-    return [Verdict(what, "tokens/s", ratio, MODELS[m.length])]
+    mine, theirs = tokens_per_second(m), tokens_per_second(soft)
+    source = "same run" if soft.run == m.run else "other run"
+    return [Verdict(what, "training", "", mine, theirs, "tokens/s", mine / theirs,
+                    MODELS[m.length], source=source)]  # fmt: skip
+
+
+def tokens_per_second(m: Measured) -> float:
+    """Of a model's training."""
+    return m.more["tokens"] / (middle(m.train) / 1e3)

@@ -20,6 +20,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from longscan.kernels._launch import entry
+
 LOG2E = tl.constexpr(1.4426950408889634)
 FLOOR = tl.constexpr(-87.0)  # of a gate: about the logarithm of the smallest float32
 NEVER = tl.constexpr(-1e4)
@@ -120,6 +122,7 @@ def _pairs(level, C: tl.constexpr, REVERSE: tl.constexpr):
     return (second == first + 1) & (first & 1 == 0)
 
 
+@entry
 @triton.jit
 def survey(
     log_a, kept, far, table,
@@ -137,6 +140,7 @@ def survey(
     tl.store(far + chunk * H + head, (tl.max(-whole, 0) > REACH).to(tl.int32))
 
 
+@entry
 @triton.jit(do_not_specialize=["many"])
 def halves(
     q, k, v, do, log_a, far, scores, near_q, near_k, table, many,
@@ -195,6 +199,7 @@ def halves(
                     tl.store(near_k + at, dk.to(near_k.dtype.element_ty), mask=mask_k)
 
 
+@entry
 @triton.jit(do_not_specialize=["has_enter", "split"])
 def contract(
     x, y, v, log_a, kept, far, near, enter, out, leave, total,
@@ -299,6 +304,7 @@ def contract(
         tl.store(total + target * K + ok, left, mask=(ok < K) & (tile == 0))
 
 
+@entry
 @triton.jit(do_not_specialize=["has_start"])
 def combine(
     states, total, start, first, has_start,
@@ -327,6 +333,7 @@ def combine(
         state = state * weight[:, None] + more
 
 
+@entry
 @triton.jit(do_not_specialize=["has_enter", "split"])
 def expand(
     x, y, v, own, log_a, kept, far, near, enter, out, products, borders, dlog_a,

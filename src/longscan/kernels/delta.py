@@ -29,6 +29,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from longscan.kernels._launch import entry
+
 LOG2E = tl.constexpr(1.4426950408889634)
 # Gates are raised to 2^-32: what is left of a state is below a rounding error of float32, and
 # sums of logarithms stay so small that a weak gate after a closed one does not drown in them.
@@ -101,6 +103,7 @@ def _merge(g, low, beta_i, beta_j, i, j, SIZE: tl.constexpr, PRECISION: tl.const
     return g - _dot(g * beta_j, x, x, PRECISION)
 
 
+@entry
 @triton.jit(do_not_specialize=["N"])
 def solve(
     k, beta, log_a, g, factors, table, N,
@@ -128,16 +131,18 @@ def solve(
         b = tl.cumsum(a, 0)
         tl.store(to + N.to(tl.int64) * H, b, mask=ok)
     keys = k + (begin * HK + h // (H // HK)) * K
-    if k.dtype.element_ty != tl.float32:  # products of two such numbers are exact
-        x = _rows(keys, i, ok, HK * K, tl.arange(0, BK), K, BK).to(DT)
-        low = tl.dot(x, tl.trans(x), input_precision=PRECISION)
+    if k.dtype.element_ty == tl.bfloat16:
+        x = _rows(keys, i, ok, HK * K, tl.arange(0, BK), K, BK)
+        low = tl.dot(x, tl.trans(x))
     else:
         # Any error of k.k adds up over time where keys repeat and reflections let nothing die out:
-        # after 150 tokens 1e-7 of it, as float32 sums have, are 2e-5. So these sums are float64.
-        sums = tl.zeros([C, C], tl.float64)
+        # after 150 tokens 1e-7 of it, as float32 sums have, are 2e-5. So the sums of float32, whose
+        # products are not exact, are float64.
+        FULL: tl.constexpr = tl.float64 if k.dtype.element_ty == tl.float32 else DT
+        sums = tl.zeros([C, C], FULL)
         for k0 in range(0, BK, 16):
-            x = _rows(keys, i, ok, HK * K, k0 + tl.arange(0, 16), K, BK).to(tl.float64)
-            sums = tl.dot(x, tl.trans(x), acc=sums, out_dtype=tl.float64)
+            x = _rows(keys, i, ok, HK * K, k0 + tl.arange(0, 16), K, BK).to(FULL)
+            sums = tl.dot(x, tl.trans(x), sums, input_precision=PRECISION, out_dtype=FULL)
         low = sums.to(tl.float32)
 
     # Diagonal blocks by substitution, row after row, which no cancellation can spoil.
@@ -358,6 +363,7 @@ def _back(
     _put_columns(d_state + (row * H + h) * K * V, d, kk, every, V, vv, V, WIDE)
 
 
+@entry
 @triton.jit(do_not_specialize=["N"])
 def scan(
     q, k, v, g, factors, state, o, final, starts, N,
@@ -372,6 +378,7 @@ def scan(
     )  # fmt: skip
 
 
+@entry
 @triton.jit(do_not_specialize=["N"])
 def passes(
     q, k, v, g, factors, state, do, d_final, e, states, zs, leaving, d_state, starts, first, N,
@@ -400,6 +407,7 @@ def passes(
         )  # fmt: skip
 
 
+@entry
 @triton.jit(do_not_specialize=["N"])
 def maps(
     q, k, v, g, factors, state, do, sums, a, starts, segments, N,
@@ -424,6 +432,7 @@ def maps(
         )  # fmt: skip
 
 
+@entry
 @triton.jit
 def combine(
     a, sums, start, out, first,
@@ -466,16 +475,6 @@ def combine(
 
 
 @triton.jit
-def _put_decay(to, db, i, ok, H, STEPS: tl.constexpr):
-    """The gradient of log_a from that of the sums b: it enters the sums of all later rows."""
-    da = tl.cumsum(db, 0, reverse=True)
-    if STEPS > 1:
-        ok = ok & (i % STEPS == 0)
-        i = i // STEPS
-    tl.store(to + i * H, da, mask=ok)
-
-
-@triton.jit
 def _sums(by, i, ok, n, ROWS: tl.constexpr, EVERY: tl.constexpr):
     """b of the rows of a piece of one or two chunks, and at its end, from b of each chunk."""
     b = tl.load(by + i, mask=ok, other=0.0)
@@ -489,12 +488,14 @@ def _sums(by, i, ok, n, ROWS: tl.constexpr, EVERY: tl.constexpr):
 
 @triton.jit
 def _by_queries(
-    q, k, factors, do, e, states, leaving, dq, d_log_a, piece, begin, n, tile, hk, N,
+    q, k, factors, do, e, states, leaving, dq, parts, step, piece, begin, n, tile, hk, N,
     H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
     BV: tl.constexpr, C: tl.constexpr, STEPS: tl.constexpr, GATED: tl.constexpr,
     EVERY: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq, and what log_a gets by the queries and by the state that leaves."""
+    """dq; for `decays` what b of each row gets by the queries, and what b of all rows gets by the
+    state that enters, of which each channel has a part.
+    """
     ROWS: tl.constexpr = C // EVERY // STEPS * STEPS
     WIDE_K: tl.constexpr = (K + BK - 1) // BK * BK
     WIDE: tl.constexpr = (V + BV - 1) // BV * BV
@@ -507,8 +508,15 @@ def _by_queries(
     before = tl.zeros([C], tl.float32)
     for group in range(H // HK):
         h = hk * (H // HK) + group
+        by = factors + h * N + begin
+        beta = tl.load(by + i, mask=ok, other=0.0)
+        if GATED:
+            b, last = _sums(by + N.to(tl.int64) * H, i, ok, n, ROWS, EVERY)
+        x = _rows(k + (begin * HK + hk) * K, i, ok, HK * K, kk, K, WIDE_K).to(DT)
+        y = _rows(q + (token * HK + hk) * K, iq, okq, HK * K, kk, K, WIDE_K)
         ds = tl.zeros([C, C], tl.float32)
         part = tl.zeros([C, BK], tl.float32)
+        both = tl.zeros([BK, BK], tl.float32)
         for v0 in range(0, V, BV):
             vv = v0 + tl.arange(0, BV)
             d = _rows(do + (token * H + h) * V, iq, okq, H * V, vv, V, WIDE).to(DT)
@@ -516,53 +524,47 @@ def _by_queries(
             s = _rows(states + (piece * H + h) * V * K, vv, vv < V, K, kk, K, WIDE_K)
             ds = _dot(d, tl.trans(w), ds, PRECISION)
             part = _dot(d, s, part, PRECISION)
-        if GATED:
-            product = tl.zeros([BV], tl.float32)
-            for v0 in range(0, V, BV):
-                vv = v0 + tl.arange(0, BV)
-                s = _rows(states + (piece * H + h) * V * K, vv, vv < V, K, kk, K, WIDE_K)
+            if GATED:  # its trace is asked, but registers may not see what a pipelined loop loads
                 end = _rows(leaving + (piece * H + h) * V * K, vv, vv < V, K, kk, K, WIDE_K)
-                product += tl.sum(s.to(tl.float32) * end.to(tl.float32), 1)
-        by = factors + h * N + begin
-        ds *= tl.load(by + i, mask=ok, other=0.0)[None, :]
+                both = _dot(tl.trans(s), end, both, PRECISION)
+        ds *= beta[None, :]
         if GATED:
-            b, last = _sums(by + N.to(tl.int64) * H, i, ok, n, ROWS, EVERY)
             ds *= _decays(b[:, None], b[None, :], r >= c)
             part *= tl.exp2(b)[:, None]
         else:
             ds = tl.where(r >= c, ds, 0.0)
-        x = _rows(k + (begin * HK + hk) * K, i, ok, HK * K, kk, K, WIDE_K).to(DT)
         dy += _dot(ds.to(DT), x, part, PRECISION)
         if GATED:
-            y = _rows(q + (token * HK + hk) * K, iq, okq, HK * K, kk, K, WIDE_K)
             total = tl.sum(dy * y.to(tl.float32), 1)
-            # What leaves the piece comes later than every row.
-            end = tl.exp2(last) * tl.sum(product)
-            db = total - before + tl.where(i == C - 1, end, 0.0)
-            to = d_log_a + (tile * 2 * (N // STEPS) + token) * H + h
-            _put_decay(to, db, i, ok, H, STEPS)
+            kept = tl.sum(tl.where(kk[:, None] == kk[None, :], both, 0.0), 1)
+            to = parts + (piece * H + h) * C
+            tl.store(to + i, total - before)
+            tl.store(to + step + tl.arange(0, BK), tl.exp2(last) * kept)
             before = total
     _put_rows(dq + (token * HK + hk) * K, dy, iq, okq, HK * K, kk, K, WIDE_K)
 
 
 @triton.jit
 def _by_keys(
-    q, k, factors, do, e, zs, states, leaving, dk, dv, d_beta, d_log_a, piece, begin, n, tile, hk,
-    N, H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
+    q, k, factors, do, e, zs, states, leaving, dk, dv, d_beta, parts, step, piece, begin, n, tile,
+    hk, N, H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
     BV: tl.constexpr, C: tl.constexpr, STEPS: tl.constexpr, GATED: tl.constexpr,
     EVERY: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dk, dv and dbeta, and what log_a gets by the keys."""
+    """dk, dv and dbeta; for `decays` what b of each row gets by the keys, and what b of all rows
+    gets by the state that leaves, of which each row has written a part.
+    """
     ROWS: tl.constexpr = C // EVERY // STEPS * STEPS
     WIDE_K: tl.constexpr = (K + BK - 1) // BK * BK
     WIDE: tl.constexpr = (V + BV - 1) // BV * BV
+    TILES: tl.constexpr = WIDE_K // BK
+    SHARE: tl.constexpr = triton.next_power_of_2((V + TILES - 1) // TILES)
     i, kk = tl.arange(0, C), tile * BK + tl.arange(0, BK)
     ok = i < n
     iq, okq = _queries(i, ok, STEPS)
     r, c = i[:, None], i[None, :]
     token = begin // STEPS
     dx = tl.zeros([C, BK], tl.float32)
-    before = tl.zeros([C], tl.float32)
     for group in range(H // HK):
         h = hk * (H // HK) + group
         by = factors + h * N + begin
@@ -586,78 +588,102 @@ def _by_keys(
             ds = _dot(w, tl.trans(d), ds, PRECISION)
             asked = _dot(u, s, asked, PRECISION)
             sent = _dot(w, end, sent, PRECISION)
-        if tile == 0:
-            for v0 in range(0, V, BV):
-                vv = v0 + tl.arange(0, BV)
-                u = _rows(zs + (begin * H + h) * V, i, ok, H * V, vv, V, WIDE)
-                given = u.to(tl.float32) * beta[:, None]
-                _put_rows(dv + (begin * H + h) * V, given, i, ok, H * V, vv, V, WIDE)
-        if tile == 0:
-            diagonal = tl.sum(tl.where(r == c, m, 0.0), 1)
-            tl.store(d_beta + (begin + i) * H + h, diagonal, mask=ok)
         x = _rows(k + (begin * HK + hk) * K, i, ok, HK * K, kk, K, WIDE_K).to(DT)
         y = _rows(q + (token * HK + hk) * K, iq, okq, HK * K, kk, K, WIDE_K).to(DT)
-        both = beta[:, None] * -beta[None, :]
-        m = tl.where(r > c, m * both, 0.0)
-        turned = tl.where(r < c, turned * both, 0.0)
-        ds = tl.where(r <= c, ds * beta[:, None], 0.0)
+        diagonal = tl.sum(tl.where(r == c, m, 0.0), 1)
+        tl.store(d_beta + (begin + i) * H + h, diagonal, mask=ok & (tile == 0))
         if GATED:
             b, last = _sums(by + N.to(tl.int64) * H, i, ok, n, ROWS, EVERY)
-            m *= _decays(b[:, None], b[None, :], r > c)
-            decays = _decays(b[None, :], b[:, None], r <= c)
-            turned *= decays
-            ds *= decays
-        rounded = m.to(DT)
-        if GATED:  # with the very numbers that dx gets: errors of later rows cancel in the sums
-            db = 2 * tl.sum(rounded.to(tl.float32) * _dot(x, tl.trans(x), None, PRECISION), 1)
-        dx = _dot(rounded, x, dx, PRECISION)
-        dx = _dot(turned.to(DT), x, dx, PRECISION)
-        dx = _dot(ds.to(DT), y, dx, PRECISION)
-        asked *= -beta[:, None]
-        sent *= beta[:, None]
+        m = tl.where(r > c, m, turned) * -beta[None, :]
+        at, leave = -beta, beta
+        scale = beta[:, None]
         if GATED:
-            asked *= tl.exp2(b)[:, None]
-            sent *= tl.exp2(tl.minimum(last - b, 0.0))[:, None]
+            # The decay between two rows, whichever comes first.
+            scale *= tl.exp2(-tl.abs(b[:, None] - b[None, :]))
+            at *= tl.exp2(b)
+            leave *= tl.exp2(tl.minimum(last - b, 0.0))
+        m *= scale
+        ds = tl.where(r <= c, ds * scale, 0.0)
+        asked *= at[:, None]
+        sent *= leave[:, None]
+        if GATED:
+            wide = x.to(tl.float32)
+            to = parts + (piece * H + h) * C + i
+            tl.store(to + step, tl.sum(sent * wide, 1))
+        # What a key gets as the later of two rows, and as the earlier.
+        asked = _dot(tl.where(r > c, m, 0.0).to(DT), x, asked, PRECISION)
+        sent = _dot(tl.where(r < c, m, 0.0).to(DT), x, sent, PRECISION)
+        sent = _dot(ds.to(DT), y, sent, PRECISION)
+        # Each tile of channels writes its share of dv.
+        vv = tile * SHARE + tl.arange(0, SHARE)
+        u = _rows(zs + (begin * H + h) * V, i, ok, H * V, vv, V, SHARE * TILES)
+        given = u.to(tl.float32) * beta[:, None]
+        _put_rows(dv + (begin * H + h) * V, given, i, ok, H * V, vv, V, SHARE * TILES)
         dx += asked + sent
         if GATED:
-            # b enters terms of k.dk with a minus, but L and what a key asks, at its own row, with
-            # a plus; what the keys write into the state that leaves comes back at the last row.
-            x = x.to(tl.float32)
-            db += 2 * tl.sum(asked * x, 1)
-            total = tl.sum(dx * x, 1)
-            db += tl.where(i == C - 1, tl.sum(tl.sum(sent * x, 1), 0), 0.0) - (total - before)
-            before = total
-            to = d_log_a + ((tile * 2 + 1) * (N // STEPS) + token) * H + h
-            _put_decay(to, db, i, ok, H, STEPS)
+            # So b of its row enters with a plus and with a minus, and as both use the same rounded
+            # numbers, errors cancel in the sums over time.
+            tl.store(to, tl.sum((asked - sent) * wide, 1))
     _put_rows(dk + (begin * HK + hk) * K, dx, i, ok, HK * K, kk, K, WIDE_K)
 
 
-@triton.jit(do_not_specialize=["N"])
+@entry
+@triton.jit(do_not_specialize=["N", "step"])
 def gradients(
-    q, k, factors, do, e, zs, states, leaving, dq, dk, dv, d_beta, d_log_a, table, N,
+    q, k, factors, do, e, zs, states, leaving, dq, dk, dv, d_beta, parts, table, N, step,
     H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
     BV: tl.constexpr, C: tl.constexpr, STEPS: tl.constexpr, GATED: tl.constexpr,
     EVERY: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq, dk, dv, dbeta, dlog_a of one piece of C rows, for BK channels of a key head.
+    """dq, dk, dv, dbeta of one piece of C rows, for BK channels of a key head.
 
-    One program for what comes by the queries and one for what comes by the keys; neighbours, as
-    they read much the same. d_log_a [2 tiles of channels, tokens, H] holds the parts of both. The
-    sums over time end with the piece, so that no rounding error travels further.
+    One program for what comes by the keys and one for what comes by the queries. parts [tiles of
+    channels, 2 roles, 2, pieces, H, C] is for `decays`, as sums over rows wait for all warps. step:
+    pieces * H * C.
     """
-    pid = tl.program_id(0).to(tl.int64)
-    TILES: tl.constexpr = (K + BK - 1) // BK
-    role, tile = (pid % 2).to(tl.int32), (pid // 2 % TILES).to(tl.int32)
-    hk, piece = pid // 2 // TILES % HK, pid // 2 // TILES // HK
+    PROGRAMS: tl.constexpr = (K + BK - 1) // BK * 2
+    pid = tl.program_id(0)
+    which, at = pid % PROGRAMS, pid // PROGRAMS
+    role, tile = which % 2, which // 2
+    hk, piece = (at % HK).to(tl.int64), (at // HK).to(tl.int64)
     begin = tl.load(table + piece * 3 + 1) * STEPS
     n = (tl.load(table + piece * 3 + 2) * STEPS - begin).to(tl.int32)
+    step = step.to(tl.int64)
+    parts += which * 2 * step
     if role == 0:
         _by_keys(
-            q, k, factors, do, e, zs, states, leaving, dk, dv, d_beta, d_log_a, piece, begin, n,
-            tile, hk, N, H, HK, K, V, BK, BV, C, STEPS, GATED, EVERY, DT, PRECISION,
+            q, k, factors, do, e, zs, states, leaving, dk, dv, d_beta, parts, step, piece, begin,
+            n, tile, hk, N, H, HK, K, V, BK, BV, C, STEPS, GATED, EVERY, DT, PRECISION,
         )  # fmt: skip
     else:
         _by_queries(
-            q, k, factors, do, e, states, leaving, dq, d_log_a, piece, begin, n, tile, hk, N,
-            H, HK, K, V, BK, BV, C, STEPS, GATED, EVERY, DT, PRECISION,
+            q, k, factors, do, e, states, leaving, dq, parts, step, piece, begin, n, tile,
+            hk, N, H, HK, K, V, BK, BV, C, STEPS, GATED, EVERY, DT, PRECISION,
         )  # fmt: skip
+
+
+@entry
+@triton.jit(do_not_specialize=["step"])
+def decays(
+    parts, d_log_a, table, step,
+    H: tl.constexpr, TILES: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """dlog_a of one piece and head from what `gradients` left of it.
+
+    A log_a enters b of its row and of all later ones. The sums over time end with the piece, so
+    that no rounding error travels further.
+    """
+    pid = tl.program_id(0).to(tl.int64)
+    piece, h = pid // H, pid % H
+    begin = tl.load(table + piece * 3 + 1)
+    n = (tl.load(table + piece * 3 + 2) - begin).to(tl.int32) * STEPS
+    i, step = tl.arange(0, C), step.to(tl.int64)
+    parts += pid * C + i
+    db, kept = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
+    for _ in tl.static_range(TILES):
+        db += tl.load(parts) + tl.load(parts + 2 * step)
+        kept += tl.load(parts + step) + tl.load(parts + 3 * step, mask=i < BK, other=0.0)
+        parts += 4 * step
+    da = tl.cumsum(db, 0, reverse=True) + tl.sum(kept, 0)
+    to = d_log_a + (begin + i // STEPS) * H + h
+    tl.store(to, da, mask=(i < n) & (i % STEPS == 0))

@@ -15,9 +15,9 @@ what the state gets wrong when a token comes, and G its counterpart backwards, b
 
 So beta divides nothing, and of (I + beta L)^-1 only what differs from I is rounded.
 
-Where no channel of a tile decays by more than 2^(2 REACH) in a chunk, decays between tokens are
-products of two, from and to the middle of that decay, and P and L one product each. Else pairs
-are taken by the halves of blocks that they lie in, so that no exponent is above zero.
+Where no channel decays by more than 2^(2 REACH) in a chunk, decays between tokens are products of
+two, from and to the middle of that decay, and P and L one product each. Other chunks are far: there
+pairs are taken by the halves of blocks that they lie in, so that no exponent is above zero.
 
 Tokens of all sequences lie one after the other; tensors are [tokens, heads, ...]. The scans hold
 the state transposed: it and all that is computed from it are then left operands, which stay in
@@ -29,6 +29,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from longscan.kernels._launch import entry
+
 LOG2E = tl.constexpr(1.4426950408889634)
 # A gate below 2^-150 is zero in float32; the floor admits -inf. It is a bfloat16.
 FLOOR = tl.constexpr(-104.0)
@@ -37,22 +39,23 @@ REACH = tl.constexpr(60.0)
 
 
 @triton.jit
-def _load(base, rows, cols, stride, height, WIDTH: tl.constexpr, PADDED: tl.constexpr):
-    """Rows below `height` and columns below WIDTH of a matrix; the rest is zero."""
-    mask = rows[:, None] < height
-    if PADDED:
-        mask = mask & (cols[None, :] < WIDTH)
-    return tl.load(base + rows[:, None] * stride + cols[None, :], mask=mask, other=0.0)
+def _load(
+    base, rows, cols, stride, height, WIDTH: tl.constexpr, PADDED: tl.constexpr,
+    AGAIN: tl.constexpr = False,
+):  # fmt: skip
+    """Rows below `height` and columns below WIDTH of a matrix; the rest is zero.
 
-
-@triton.jit
-def _again(base, rows, cols, stride, height, WIDTH: tl.constexpr, PADDED: tl.constexpr):
-    """`_load` of what was loaded before: the modifier keeps the compiler from keeping it."""
+    AGAIN: what was loaded before; the modifier keeps the compiler from keeping it meanwhile.
+    """
     mask = rows[:, None] < height
     if PADDED:
         mask = mask & (cols[None, :] < WIDTH)
     at = base + rows[:, None] * stride + cols[None, :]
-    return tl.load(at, mask=mask, other=0.0, cache_modifier=".ca")
+    if AGAIN:
+        x = tl.load(at, mask=mask, other=0.0, cache_modifier=".ca")
+    else:
+        x = tl.load(at, mask=mask, other=0.0)
+    return x
 
 
 @triton.jit
@@ -88,13 +91,12 @@ def _upper(x):
 
 @triton.jit
 def _sums(which, x, PARTS: tl.constexpr):
-    """which @ x for a matrix of booleans: sums over tokens, on the tensor cores.
+    """which @ x for a matrix of ones and zeros: sums over tokens, on the tensor cores.
 
     x is taken apart into PARTS bfloat16 numbers: one, if it comes in that type; two have 16 of its
     bits, three all. Sums of gates are never differences of other sums: a closed gate must not
     swallow the digits of those beside it.
     """
-    which = which.to(tl.float32).to(tl.bfloat16)  # the interpreter knows no direct way
     if PARTS == 1:
         out = tl.dot(which, x.to(tl.bfloat16))
     else:
@@ -108,12 +110,24 @@ def _sums(which, x, PARTS: tl.constexpr):
 
 
 @triton.jit
-def _decays(g, C: tl.constexpr, PARTS: tl.constexpr):
-    """2^b and 2^(b_end - b): the decay since the chunk began, and until it ends; and b_end."""
+def _from(ones, first, C: tl.constexpr):
+    """[i, j] is 1 where token j is token i + first or a later one. Loads it, as making it takes
+    more instructions: ones [C + 1, C] is 1 where the column is the row or a later one."""
     i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-    since = tl.exp2(_sums(i >= j, g, PARTS) * LOG2E)
-    until = tl.exp2(_sums(i < j, g, PARTS) * LOG2E)
-    return since, until, tl.sum(g, 0) * LOG2E
+    return tl.load(ones + (i + first) * C + j)
+
+
+@triton.jit
+def _decays(g, own, later, C: tl.constexpr, PARTS: tl.constexpr):
+    """2^b and 2^(b_end - b): the decay since the chunk began, and until it ends; and b_end.
+
+    own, later: `_from` 0 and 1.
+    """
+    since = _sums(tl.trans(own), g, PARTS) * LOG2E
+    until = _sums(later, g, PARTS) * LOG2E
+    # In the layout of the other two.
+    end = tl.sum(tl.where(tl.arange(0, C)[:, None] == 0, since + until, 0.0), 0)
+    return tl.exp2(since), tl.exp2(until), end
 
 
 @triton.jit
@@ -134,7 +148,8 @@ def _border(g, level, C: tl.constexpr, PARTS: tl.constexpr):
     late = ((t >> level) & 1 == 1)[:, None]
     i, j = t[:, None], t[None, :]
     way = ((i >> level) == (j >> level)) & ((late & (j <= i)) | ((late == 0) & (j > i)))
-    return tl.exp2(_sums(way, g, PARTS) * LOG2E)
+    # The interpreter knows no direct way from booleans.
+    return tl.exp2(_sums(way.to(tl.float32).to(tl.bfloat16), g, PARTS) * LOG2E)
 
 
 @triton.jit
@@ -180,7 +195,7 @@ def _inverse(m, C: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def _is_far(ends, WIDE: tl.constexpr):
-    """Whether a tile of channels, of which a chunk leaves so much, is far.
+    """Whether a chunk that leaves so much of its channels is far.
 
     float32 takes sums of gates only where they have digits enough.
     """
@@ -188,16 +203,43 @@ def _is_far(ends, WIDE: tl.constexpr):
 
 
 @triton.jit
+def _is_far_any(
+    ends, at, many, K: tl.constexpr, KP: tl.constexpr, GROUP: tl.constexpr, WIDE: tl.constexpr
+):
+    """Whether any of GROUP chunks of a head, from `at` on, is far."""
+    r, d = at + tl.arange(0, GROUP)[:, None], tl.arange(0, KP)[None, :]
+    left = tl.load(ends + r.to(tl.int64) * K + d, mask=(r < many) & (d < K), other=1.0)
+    return _is_far(tl.min(left, 1), WIDE)
+
+
+@triton.jit
+def _keep_scores(
+    P, L, beta, scores, inner, first, n, h,
+    H: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Writes P, and N of L."""
+    i = tl.arange(0, C)
+    b = tl.load(beta + (first + i) * H + h, mask=i < n, other=0.0).to(tl.float32)
+    scores += (first * H + h) * C
+    inner += (first * H + h) * C
+    P = tl.where(i[:, None] >= i[None, :], P, 0.0)
+    _store(scores, P, i, i, H * C, n, C, False)
+    L = tl.where(i[:, None] > i[None, :], L, 0.0)
+    x = _inverse(L * b[None, :], C, PRECISION)
+    _store(inner, tl.dot(x, L, input_precision=PRECISION), i, i, H * C, n, C, False)
+
+
+@entry
+@triton.jit
 def prepare(
-    q, k, beta, log_a, read, into, out, ends, scores, inner, table,
-    H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
-    BK: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
-    PARTS: tl.constexpr, SCORES: tl.constexpr,
+    q, k, beta, log_a, read, into, out, ends, scores, inner, ones, table,
+    H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr, PARTS: tl.constexpr, SCORES: tl.constexpr,
 ):  # fmt: skip
     """What the scans need of a chunk of a head: decayed q and k, P and N.
 
     read = q 2^b, into = k 2^b, out = k 2^(b_end - b), all [tokens, H, K]; ends = 2^b_end
-    [chunks, H, K]. With SCORES: P and N, scores and inner [tokens, H, C].
+    [chunks, H, K]. With SCORES: P and N, scores and inner [tokens, H, C], right of near chunks.
     """
     pid = tl.program_id(0)
     piece, h = (pid // H).to(tl.int64), pid % H
@@ -209,20 +251,59 @@ def prepare(
     at_gates = (first * H + h) * K
     P = tl.zeros((C, C), tl.float32)
     L = tl.zeros((C, C), tl.float32)
+    own, later = _from(ones, 0, C), _from(ones, 1, C)
     for at in range(0, K, BK):
-        g = _gates(_load(log_a + at_gates, i, at + d, H * K, n, K, K % BK != 0))
-        x = _load(q, i, at + d, HK * K, n, K, K % BK != 0).to(tl.float32)
-        y = _load(k, i, at + d, HK * K, n, K, K % BK != 0).to(tl.float32)
-        since, until, end = _decays(g, C, PARTS)
+        # All are under way before the first is waited for.
+        g = _load(log_a + at_gates, i, at + d, H * K, n, K, K % BK != 0)
+        x = _load(q, i, at + d, HK * K, n, K, K % BK != 0)
+        y = _load(k, i, at + d, HK * K, n, K, K % BK != 0)
+        since, until, end = _decays(_gates(g), own, later, C, PARTS)
+        x, y = x.to(tl.float32), y.to(tl.float32)
         xs, ys, yu = x * since, y * since, y * until
         _store(read + at_gates, xs, i, at + d, H * K, n, K, K % BK != 0)
         _store(into + at_gates, ys, i, at + d, H * K, n, K, K % BK != 0)
         _store(out + at_gates, yu, i, at + d, H * K, n, K, K % BK != 0)
-        to = ends + (piece * H + h) * K + at + d
-        left = tl.exp2(end)
-        tl.store(to, left, mask=at + d < K)
+        tl.store(ends + (piece * H + h) * K + at + d, tl.exp2(end), mask=at + d < K)
         if SCORES:
-            if _is_far(left, WIDE):
+            z, rest = _middle(end)
+            late, early = tl.exp2(-z)[None, :], tl.exp2(-rest)[None, :]
+            keys = tl.trans((yu * early).to(OPERAND))
+            P = tl.dot((xs * late).to(OPERAND), keys, P, input_precision=PRECISION)
+            L = tl.dot((ys * late).to(OPERAND), keys, L, input_precision=PRECISION)
+    if SCORES:
+        _keep_scores(P, L, beta, scores, inner, first, n, h, H, C, PRECISION)
+
+
+@entry
+@triton.jit(do_not_specialize=["many"])
+def far_scores(
+    q, k, beta, log_a, ends, scores, inner, table, many,
+    H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, C: tl.constexpr,
+    LEVELS: tl.constexpr, BK: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """P and N again of what is far among GROUP chunks of a head, of `many` in all.
+
+    A kernel of its own, as what it needs would leave few programs of `prepare` room.
+    """
+    begin = tl.program_id(0) * GROUP
+    if not _is_far_any(ends, begin, many, K, KP, GROUP, WIDE):
+        return
+    i, d, every = tl.arange(0, C), tl.arange(0, BK), tl.arange(0, KP)
+    for chunk in range(begin, tl.minimum(begin + GROUP, many)):
+        where = tl.zeros([], tl.int64) + chunk
+        piece, h = where // H, where % H
+        left = tl.load(ends + where * K + every, mask=every < K, other=1.0)
+        if _is_far(left, WIDE):
+            first = tl.load(table + piece * 3 + 1)
+            n = (tl.load(table + piece * 3 + 2) - first).to(tl.int32)
+            at_keys, at_gates = (first * HK + h // (H // HK)) * K, (first * H + h) * K
+            P = tl.zeros((C, C), tl.float32)
+            L = tl.zeros((C, C), tl.float32)
+            for at in range(0, K, BK):
+                g = _gates(_load(log_a + at_gates, i, at + d, H * K, n, K, K % BK != 0))
+                x = _load(q + at_keys, i, at + d, HK * K, n, K, K % BK != 0).to(tl.float32)
+                y = _load(k + at_keys, i, at + d, HK * K, n, K, K % BK != 0).to(tl.float32)
                 P += tl.where(i[:, None] == i[None, :], tl.sum(x * y, 1)[:, None], 0.0)
                 for level in range(0, LEVELS):
                     e = _border(g, level, C, PARTS)
@@ -232,23 +313,10 @@ def prepare(
                     P += tl.where(now, p, 0.0)
                     p = tl.dot(keys, tl.trans(keys), input_precision=PRECISION)
                     L += tl.where(now, p, 0.0)
-            else:
-                z, rest = _middle(end)
-                late, early = tl.exp2(-z)[None, :], tl.exp2(-rest)[None, :]
-                keys = tl.trans((yu * early).to(OPERAND))
-                P = tl.dot((xs * late).to(OPERAND), keys, P, input_precision=PRECISION)
-                L = tl.dot((ys * late).to(OPERAND), keys, L, input_precision=PRECISION)
-    if SCORES:
-        b = tl.load(beta + (first + i) * H + h, mask=i < n, other=0.0).to(tl.float32)
-        scores += (first * H + h) * C
-        inner += (first * H + h) * C
-        P = tl.where(i[:, None] >= i[None, :], P, 0.0)
-        _store(scores, P, i, i, H * C, n, C, False)
-        L = tl.where(i[:, None] > i[None, :], L, 0.0)
-        x = _inverse(L * b[None, :], C, PRECISION)
-        _store(inner, tl.dot(x, L, input_precision=PRECISION), i, i, H * C, n, C, False)
+            _keep_scores(P, L, beta, scores, inner, first, n, h, H, C, PRECISION)
 
 
+@entry
 @triton.jit(do_not_specialize=["enters"])
 def forward(
     read, into, out, ends, v, beta, scores, inner, state, o, final, states, written, starts, before,
@@ -336,6 +404,7 @@ def forward(
         _store(final + (row * H + h) * K * V, tl.trans(S), d, e, V, K, V, MAP or V % BV != 0)
 
 
+@entry
 @triton.jit(do_not_specialize=["enters"])
 def combine(
     maps, added, start, states, first, enters,
@@ -374,6 +443,7 @@ def combine(
         _store(states + (piece * H + h) * K * V, S, rows, e, V, K, V, True)
 
 
+@entry
 @triton.jit(do_not_specialize=["enters"])
 def backward(
     read, into, out, ends, beta, scores, inner, do, dfinal, dv, error, dstates, dstate,
@@ -446,6 +516,7 @@ def backward(
     _store(dstate + (row * H + h) * K * V, tl.trans(D), d, e, V, K, V, V % BV != 0)
 
 
+@entry
 @triton.jit
 def pairs(
     beta, do, error, written, dscores, dlower, dself, dbeta, table,
@@ -490,12 +561,13 @@ def pairs(
 @triton.jit
 def _gradients(
     q, k, beta, log_a, do, error, written, states, dstates, dscores, dlower, dself, dq, dk, dlog_a,
-    table, piece, h, tile,
-    H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
-    LEVELS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr, PARTS: tl.constexpr, FAR: tl.constexpr,
+    ones, table, ends, piece, h, tile,
+    H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr,
+    C: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, PARTS: tl.constexpr,
+    FAR: tl.constexpr,
 ):  # fmt: skip
-    """`gradients` of one tile of channels."""
+    """`gradients` of one tile of channels; of far chunks nothing is written without FAR."""
     first = tl.load(table + piece * 3 + 1)
     n = (tl.load(table + piece * 3 + 2) - first).to(tl.int32)
     i, d, e = tl.arange(0, C), tile * BK + tl.arange(0, BK), tl.arange(0, BV)
@@ -505,30 +577,46 @@ def _gradients(
     states += (piece * H + h) * K * V
     dstates += (piece * H + h) * K * V
     at_keys = (first * H + h) * K
-    b = tl.load(beta + (first + i) * H + h, mask=i < n, other=0.0).to(tl.float32)[:, None]
-    # One after the other: all three parts at once would not fit the registers.
     writes = tl.zeros((C, BK), tl.float32)
+    asks = tl.zeros((C, BK), tl.float32)
+    reads = tl.zeros((C, BK), tl.float32)
     kept = tl.zeros((BK,), tl.float32)
     for at in range(0, V, BV):
         D = _load(dstates, at + e, d, K, V, K, K % BK != 0)
-        w = _load(written, i, at + e, H * V, n, V, V % BV != 0)
         S = _load(states, at + e, d, K, V, K, K % BK != 0)
+        w = _load(written, i, at + e, H * V, n, V, V % BV != 0)
+        u = _load(error, i, at + e, H * V, n, V, V % BV != 0)
+        y = _load(do, i, at + e, H * V, n, V, V % BV != 0).to(OPERAND)
         writes = tl.dot(w, D, writes, input_precision=PRECISION)
+        asks = tl.dot(u, S, asks, input_precision=PRECISION)
+        reads = tl.dot(y, S, reads, input_precision=PRECISION)
         kept += tl.sum(S.to(tl.float32) * D.to(tl.float32), 0)
     log_a += at_keys
     q += (first * HK + h // (H // HK)) * K
     k += (first * HK + h // (H // HK)) * K
-    g = _gates(_load(log_a, i, d, H * K, n, K, K % BK != 0))
-    x = _load(q, i, d, HK * K, n, K, K % BK != 0).to(tl.float32)
-    z = _load(k, i, d, HK * K, n, K, K % BK != 0).to(tl.float32)
+    g = _load(log_a, i, d, H * K, n, K, K % BK != 0)
+    x = _load(q, i, d, HK * K, n, K, K % BK != 0)
+    z = _load(k, i, d, HK * K, n, K, K % BK != 0)
     p = _load(dscores + (first * H + h) * C, i, i, H * C, n, C, False)
     a = _load(dlower + (first * H + h) * C, i, i, H * C, n, C, False)
+    b = tl.load(beta + (first + i) * H + h, mask=i < n, other=0.0).to(tl.float32)[:, None]
     own = tl.load(dself + (first + i) * H + h, mask=i < n, other=0.0)[:, None]
-    since, until, end = _decays(g, C, PARTS)
+    if not FAR:
+        # Nothing waits for this: of a far chunk all is computed, and not written.
+        every = tl.arange(0, KP)
+        ends += (piece * H + h) * K + every
+        if _is_far(tl.load(ends, mask=every < K, other=1.0), WIDE):
+            n = 0
+    g = _gates(g)
+    since, until, end = _decays(g, _from(ones, 0, C), _from(ones, 1, C), C, PARTS)
+    x, z = x.to(tl.float32), z.to(tl.float32)
     kept *= tl.exp2(end)
     writes *= b
+    asks *= -b
     if FAR:
         writes *= until
+        asks *= since
+        reads *= since
         kept += tl.sum(z * writes, 0)
         for level in range(0, LEVELS):
             border = _border(g, level, C, PARTS)
@@ -538,70 +626,45 @@ def _gradients(
             t = tl.dot(tl.trans(pp), reading, input_precision=PRECISION)
             t = tl.dot(tl.trans(aa), near, t, input_precision=PRECISION)
             writes += t * border
-        dsum = -z * writes
+            asks += tl.dot(aa, near, input_precision=PRECISION) * border
+            reads += tl.dot(pp, near, input_precision=PRECISION) * border
+        dsum = z * (asks - writes) + x * reads
+        _store(dq + at_keys, reads + own * z, i, d, H * K, n, K, K % BK != 0)
     else:
         middle, rest = _middle(end)
         until *= tl.exp2(-rest)[None, :]
         since *= tl.exp2(-middle)[None, :]
-        # Sums over time see keys and queries as the products do: what then cancels leaves nothing.
         keys, writes = (z * until).to(OPERAND), writes * tl.exp2(rest)[None, :]
-        kept += tl.sum(keys.to(tl.float32) * writes, 0)
         reading, asking = (x * since).to(OPERAND), (z * since).to(OPERAND)
-        writes = tl.dot(tl.trans(p), reading, writes, input_precision=PRECISION)
-        writes = tl.dot(tl.trans(a), asking, writes, input_precision=PRECISION)
-        dsum = keys.to(tl.float32) * -writes
-        writes *= until
-    asks = tl.zeros((C, BK), tl.float32)
-    reads = tl.zeros((C, BK), tl.float32)
-    for at in range(0, V, BV):
-        S = _load(states, at + e, d, K, V, K, K % BK != 0)
-        u = _load(error, i, at + e, H * V, n, V, V % BV != 0)
-        asks = tl.dot(u, S, asks, input_precision=PRECISION)
-    asks *= -b
-    x = _again(q, i, d, HK * K, n, K, K % BK != 0).to(tl.float32)
-    z = _again(k, i, d, HK * K, n, K, K % BK != 0).to(tl.float32)
-    if FAR:
-        asks *= since
-        for level in range(0, LEVELS):
-            border = _border(g, level, C, PARTS)
-            aa = tl.where(_across(level, C), a, 0.0).to(OPERAND)
-            asks += tl.dot(aa, (z * border).to(OPERAND), input_precision=PRECISION) * border
-        dsum += z * asks
-    else:
-        asks *= tl.exp2(middle)[None, :]
-        asks = tl.dot(a, keys, asks, input_precision=PRECISION)
+        reads = tl.dot(p, keys, reads * tl.exp2(middle)[None, :], input_precision=PRECISION)
+        # Read again, as all at once would not fit the registers. Sums over time see keys and
+        # queries as the products do: what then cancels leaves nothing.
+        x = _load(q, i, d, HK * K, n, K, K % BK != 0, True)
+        z = _load(k, i, d, HK * K, n, K, K % BK != 0, True)
+        x, z = x.to(tl.float32), z.to(tl.float32)
+        dsum = (x * since).to(OPERAND).to(tl.float32) * reads
+        _store(dq + at_keys, reads * since + own * z, i, d, H * K, n, K, K % BK != 0)
+        asks = tl.dot(a, keys, asks * tl.exp2(middle)[None, :], input_precision=PRECISION)
         dsum += (z * since).to(OPERAND).to(tl.float32) * asks
         asks *= since
+        seen = (z * until).to(OPERAND).to(tl.float32)
+        kept += tl.sum(seen * writes, 0)
+        writes = tl.dot(tl.trans(p), reading, writes, input_precision=PRECISION)
+        writes = tl.dot(tl.trans(a), asking, writes, input_precision=PRECISION)
+        dsum -= seen * writes
+        writes *= until
     _store(dk + at_keys, asks + writes + own * x, i, d, H * K, n, K, K % BK != 0)
-    for at in range(0, V, BV):
-        S = _load(states, at + e, d, K, V, K, K % BK != 0)
-        y = _load(do, i, at + e, H * V, n, V, V % BV != 0).to(OPERAND)
-        reads = tl.dot(y, S, reads, input_precision=PRECISION)
-    x = _again(q, i, d, HK * K, n, K, K % BK != 0).to(tl.float32)
-    z = _again(k, i, d, HK * K, n, K, K % BK != 0).to(tl.float32)
-    if FAR:
-        reads *= since
-        for level in range(0, LEVELS):
-            border = _border(g, level, C, PARTS)
-            pp = tl.where(_across(level, C), p, 0.0).to(OPERAND)
-            reads += tl.dot(pp, (z * border).to(OPERAND), input_precision=PRECISION) * border
-        dsum += x * reads
-    else:
-        reads *= tl.exp2(middle)[None, :]
-        reads = tl.dot(p, keys, reads, input_precision=PRECISION)
-        dsum += (x * since).to(OPERAND).to(tl.float32) * reads
-        reads *= since
-    _store(dq + at_keys, reads + own * z, i, d, H * K, n, K, K % BK != 0)
-    dsum = _sums(i[:, None] <= i[None, :], dsum, 3 if WIDE else 2) + kept[None, :]
-    g = _again(log_a, i, d, H * K, n, K, K % BK != 0).to(tl.float32)
+    dsum = _sums(_from(ones, 0, C), dsum, 3 if WIDE else 2) + kept[None, :]
+    g = _load(log_a, i, d, H * K, n, K, K % BK != 0, True).to(tl.float32)
     dsum = tl.where(g > FLOOR, dsum, 0.0)
     _store(dlog_a + at_keys, dsum, i, d, H * K, n, K, K % BK != 0)
 
 
+@entry
 @triton.jit(do_not_specialize=["many"])
 def gradients(
     q, k, beta, log_a, ends, do, error, written, states, dstates, dscores, dlower, dself,
-    dq, dk, dlog_a, table, many,
+    dq, dk, dlog_a, ones, table, many,
     H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr,
     C: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, PARTS: tl.constexpr,
@@ -615,26 +678,25 @@ def gradients(
     """
     pid = tl.program_id(0)
     TILES: tl.constexpr = (K + BK - 1) // BK
-    every = tl.arange(0, KP)
     if FAR:
-        for chunk in range(pid * GROUP, tl.minimum(pid * GROUP + GROUP, many)):
+        begin = pid * GROUP
+        if not _is_far_any(ends, begin, many, K, KP, GROUP, WIDE):
+            return
+        every = tl.arange(0, KP)
+        for chunk in range(begin, tl.minimum(begin + GROUP, many)):
             where = tl.zeros([], tl.int64) + chunk
-            piece, h = where // H, where % H
-            left = tl.load(ends + (piece * H + h) * K + every, mask=every < K, other=1.0)
+            left = tl.load(ends + where * K + every, mask=every < K, other=1.0)
             if _is_far(left, WIDE):
                 for tile in range(0, TILES):
                     _gradients(
                         q, k, beta, log_a, do, error, written, states, dstates, dscores, dlower,
-                        dself, dq, dk, dlog_a, table, piece, h, tile,
-                        H, HK, K, V, C, LEVELS, BK, BV, OPERAND, PRECISION, WIDE, PARTS, FAR,
+                        dself, dq, dk, dlog_a, ones, table, ends, where // H, where % H, tile,
+                        H, HK, K, KP, V, C, LEVELS, BK, BV, OPERAND, PRECISION, WIDE, PARTS, FAR,
                     )  # fmt: skip
     else:
-        piece, h = (pid // TILES // H).to(tl.int64), pid // TILES % H
-        left = tl.load(ends + (piece * H + h) * K + every, mask=every < K, other=1.0)
-        if _is_far(left, WIDE):
-            return
         _gradients(
             q, k, beta, log_a, do, error, written, states, dstates, dscores, dlower, dself,
-            dq, dk, dlog_a, table, piece, h, pid % TILES,
-            H, HK, K, V, C, LEVELS, BK, BV, OPERAND, PRECISION, WIDE, PARTS, FAR,
+            dq, dk, dlog_a, ones, table, ends, (pid // TILES // H).to(tl.int64), pid // TILES % H,
+            pid % TILES,
+            H, HK, K, KP, V, C, LEVELS, BK, BV, OPERAND, PRECISION, WIDE, PARTS, FAR,
         )  # fmt: skip

@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from longscan.kernels._launch import entry
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 LOW = tl.constexpr(-1e30)
@@ -41,6 +43,7 @@ def _bent(z, cap, CAP: tl.constexpr):
     return z * LOG2E, slope
 
 
+@entry
 @triton.jit
 def cross_entropy(
     logits, targets, coef, losses, grad, V, n_classes, cap,
@@ -89,6 +92,7 @@ def cross_entropy(
                 tl.store(grad + row * V + j + cols, p.to(grad.dtype.element_ty), mask=j + cols < V)
 
 
+@entry
 @triton.jit
 def scale(x, factor, out, D, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """out = x * factor, in out's dtype: a number for each row of D if ROWS, or one for all."""

@@ -11,6 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from longscan.kernels._launch import entry
+
 EPS = tl.constexpr(1e-6)
 PRECISION = tl.constexpr("ieee")
 
@@ -138,6 +140,7 @@ def _taught(a0, a1, K, V, gamma, shift, delta, sharpness, D: tl.constexpr, E: tl
     return zh, r, e, out, _through_norm(gamma * out, zh, r, D)
 
 
+@entry
 @triton.jit
 def forward(
     q, k, v, delta, d, beta, f, w, s, gamma, shift,
@@ -239,6 +242,7 @@ def forward(
             tl.debug_barrier()
 
 
+@entry
 @triton.jit
 def backward(
     q, k, v, delta, d, beta, f, w, s, gamma, shift, starts,

@@ -7,10 +7,9 @@ Neither is positive, and with [v | 1] for v the op is
 
 m_t hangs on the gates only, so a small kernel finds it first (`gates`). The normaliser n, the last
 column of S, must keep its digits, as h divides by it: it has float32 sums of its own, outside the
-products (`weigh`, `carry`). `scores` then knows the products of a chunk and the denominators.
-What remains are sums over the tokens of a chunk and products with the state: out_t = sum_s M_ts y_s
-+ read_t r_t S. Forward, `scan` holds S and goes through the chunks. Backward, `walk` stores S
-before every chunk, and its gradient after it; of them `reads` makes the gradients of q, k and v.
+products (`weigh`, `carry`). `scores` then knows the products of a chunk and the denominators, and
+`scan` holds S and goes through the chunks. Backward, `walk` stores S before every chunk, and its
+gradient after it; of them `queries` and `keys` make the gradients of q, k and v.
 
 All tokens lie on one axis of N, a sequence after the other; [.., N] tensors have an axis of heads
 first. Chunks of C tokens begin where sequences begin. Logarithms are to the base 2. A letter d
@@ -21,6 +20,8 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from longscan.kernels._launch import entry
 
 LOG2E = tl.constexpr(1.4426950408889634)
 CLOSED = tl.constexpr(-48.0)  # lower log decays let nothing through that float32 could hold
@@ -59,28 +60,50 @@ def _there(o, N: tl.constexpr, B: tl.constexpr):
     return there
 
 
+@triton.jit
+def _final(x, B: tl.constexpr):
+    return tl.sum(tl.where(tl.arange(0, B) == B - 1, x, 0.0), 0)
+
+
+@entry
 @triton.jit(do_not_specialize=["N", "H"])
-def gates(i, f, m0, m, m_end, starts, N, H, HAS: tl.constexpr, B: tl.constexpr):
-    """The running maximum m [H, N]. i, f [N, H]; m0, m_end [rows, H], natural logarithms."""
+def gates(
+    i, f, m0, decay, top, m, m_end, table, first, starts, N, H,
+    HAS: tl.constexpr, SPLIT: tl.constexpr, SUM: tl.constexpr, B: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """The running maximum m [H, N] in a block of at most B tokens.
+
+    i, f [N, H]; m0, m_end [rows, H], natural logarithms. SPLIT: sequences have several blocks;
+    decay, top [blocks, H]: how much each lowers what enters it, and the maximum at its end if
+    nothing does. SUM gives these alone.
+    """
     pid = tl.program_id(0).to(tl.int64)
-    row, h = pid // H, pid % H
-    begin, end = tl.load(starts + row), tl.load(starts + row + 1)
-    o = tl.arange(0, B)
-    last = tl.full([], 0.0, tl.float32)
-    if HAS:
-        last = tl.load(m0 + pid) * LOG2E
-    for t0 in range(begin, end, B):
-        t = t0 + o
-        inside = t < end
-        g = _log_sigmoid(tl.load(f + t * H + h, inside, 0.0).to(tl.float32))
-        x = tl.load(i + t * H + h, inside, 0.0).to(tl.float32) * LOG2E
-        g = tl.where(inside, g, 0.0)
-        x = tl.where(inside, x, 2 * EMPTY)
-        g, x = tl.associative_scan((g, x), 0, _top)
+    b, h = pid // H, pid % H
+    row, begin, end = tl.load(table + b * 3), tl.load(table + b * 3 + 1), tl.load(table + b * 3 + 2)
+    t = begin + tl.arange(0, B)
+    inside = t < end
+    g = _log_sigmoid(tl.load(f + t * H + h, inside, 0.0).to(tl.float32))
+    x = tl.load(i + t * H + h, inside, 0.0).to(tl.float32) * LOG2E
+    g = tl.where(inside, g, 0.0)
+    x = tl.where(inside, x, 2 * EMPTY)
+    g, x = tl.associative_scan((g, x), 0, _top)
+    if SUM:
+        tl.store(decay + pid, _final(g, B))
+        tl.store(top + pid, _final(x, B))
+    else:
+        last = tl.full([], 0.0, tl.float32)
+        if HAS:
+            last = tl.load(m0 + row * H + h) * LOG2E
+        if SPLIT:
+            for e in range(tl.load(first + row), b, P):
+                o = e + tl.arange(0, P)
+                y = tl.load(decay + o * H + h, o < b, 0.0)
+                z = tl.load(top + o * H + h, o < b, 2 * EMPTY)
+                y, z = tl.associative_scan((y, z), 0, _top)
+                last = tl.maximum(last + _final(y, P), _final(z, P))
         x = tl.maximum(last + g, x)
         tl.store(m + h * N + t, x, inside)
-        last = tl.sum(tl.where(o == B - 1, x, 0.0), 0)
-    tl.store(m_end + pid, last / LOG2E)
+        tl.store(m_end + row * H + h, _final(x, B) / LOG2E, end == tl.load(starts + row + 1))
 
 
 @triton.jit
@@ -95,6 +118,7 @@ def _decays(f, m, m0, t, inside, begin, row, h, N, H, HAS: tl.constexpr):
     return tl.where(inside, a, 0.0)
 
 
+@entry
 @triton.jit(do_not_specialize=["N"])
 def weigh(
     k, i, f, m0, m, steps, rest, gain, read, keep, total, bar, chunks, starts, N,
@@ -117,13 +141,13 @@ def weigh(
     if BAR:  # asked for before anything waits
         at = k + (t[:, None] * H + h) * K + d[None, :]
         tile = tl.load(at, inside[:, None] & (d < K)[None, :], 0.0)
+    y = tl.load(i + t * H + h, inside, 0.0).to(tl.float32) * LOG2E
+    y = tl.where(inside, y - tl.load(m + h * N + t, inside, 0.0), -1e4)
     x = _decays(f, m, m0, t, inside, tl.load(starts + row), row, h, N, H, HAS)
     x = tl.maximum(x, LEAST)
     whole = tl.floor(x + 0.5)
     x -= whole
     whole_end, x_end = tl.sum(whole, 0), tl.sum(x, 0)
-    y = tl.load(i + t * H + h, inside, 0.0).to(tl.float32) * LOG2E
-    y = tl.where(inside, y - tl.load(m + h * N + t, inside, 0.0), -1e4)
     whole, x = tl.cumsum(whole, 0), tl.cumsum(x, 0)
     weight = tl.exp2((whole_end - whole) + (x_end - x) + y)
     tl.store(steps + h * N + t, whole, inside)
@@ -137,6 +161,7 @@ def weigh(
         tl.store(bar + (j * H + h) * K + d, x, d < K)
 
 
+@entry
 @triton.jit(do_not_specialize=["H"])
 def carry(
     bar, total, n0, n, n_end, first, H,
@@ -194,42 +219,66 @@ def _weights(steps, rest, gain, line, o, u, left):
     return tl.exp2(tl.where(seen, whole + (x[:, None] + y[None, :]), -1e4))
 
 
-@triton.jit
-def _products(
-    x, y, n, o, u, left, H: tl.constexpr, D: tl.constexpr, NORM: tl.constexpr, BD: tl.constexpr,
-    DT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """x_o . y_u for tokens of a chunk that has `left`, [N, H, D] each from there; NORM: x_o . n."""
-    od = tl.arange(0, BD)
-    x += o[:, None].to(tl.int64) * (H * D) + od[None, :]
-    y += u[:, None].to(tl.int64) * (H * D) + od[None, :]
-    p = tl.zeros([o.shape[0], u.shape[0]], tl.float32)
-    xn = tl.zeros([o.shape[0]], tl.float32)
-    for d0 in range(0, D, BD):
-        d = _there(d0 + od, D, BD)
-        xt = tl.load(x + d0, (o < left)[:, None] & d[None, :], 0.0)
-        yt = tl.load(y + d0, (u < left)[:, None] & d[None, :], 0.0)
-        p = tl.dot(xt.to(DT), tl.trans(yt.to(DT)), p, input_precision=PRECISION)
-    if NORM:  # apart: Triton 3.6 loads over a tile of the pipeline that registers read as well
-        for d0 in range(0, D, BD):
-            d = _there(d0 + od, D, BD)
-            xt = tl.load(x + d0, (o < left)[:, None] & d[None, :], 0.0)
-            xn += tl.sum(xt.to(tl.float32) * tl.load(n + d0 + od, d, 0.0)[None, :], 1)
-    return p, xn
-
-
+@entry
 @triton.jit(do_not_specialize=["N", "eps"])
 def scores(
-    q, k, v, do, m, steps, rest, gain, read, n, over, inv, side, half, M, P,
-    chunks, starts, first, N, eps,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BACK: tl.constexpr, NC: tl.constexpr,
-    C: tl.constexpr, R: tl.constexpr, BD: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
+    q, k, m, steps, rest, gain, read, n, over, qn, M, chunks, N, eps,
+    H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, DT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """M [H, N, C], what R tokens of a chunk read of its C, already over the denominator.
+    """M [H, N, C], what tokens of a chunk read of its C, already over the denominator.
 
-    n: the normaliser before chunks of NC tokens, counted by `first`. over [H, N]: `read` over the
-    denominator. BACK adds P [H, N, C], do_t . v_s over the denominator of t; inv, 1 / denominator;
-    side, inv times d denominator / d qn; half, what the chunk's own tokens add to h . dh.
+    n [chunks, H, K]: the normaliser before chunks. over [H, N]: `read` over the denominator; qn:
+    what that is of, q . n.
+    """
+    pid = tl.program_id(0).to(tl.int64)
+    j, h = pid // H, pid % H
+    t0, end = tl.load(chunks + j * 3 + 1), tl.load(chunks + j * 3 + 2)
+    left = (end - t0).to(tl.int32)
+    o = tl.arange(0, C)
+    e = tl.arange(0, BD)
+    inside = o < left
+    line = h * N + t0
+    at = (t0 * H + h) * K + o[:, None].to(tl.int64) * (H * K) + e[None, :]
+    enter = tl.load(read + line + o, inside, 0.0)
+    least = tl.exp2(-tl.load(m + line + o, inside, 0.0))
+    p = tl.zeros([C, C], tl.float32)
+    z = tl.zeros([C], tl.float32)
+    for d0 in range(0, K, BD):  # of one turn or one stage: no load runs ahead of what reads twice
+        d = _there(d0 + e, K, BD)
+        qt = tl.load(q + at + d0, inside[:, None] & d[None, :], 0.0)
+        kt = tl.load(k + at + d0, inside[:, None] & d[None, :], 0.0)
+        p = tl.dot(qt.to(DT), tl.trans(kt.to(DT)), p, input_precision=PRECISION)
+        nt = tl.load(n + pid * K + d0 + e, d, 0.0)
+        z += tl.sum(qt.to(tl.float32) * nt[None, :], 1)
+    p *= _weights(steps, rest, gain, line, o, o, left)
+    z = tl.sum(p, 1) + z * enter
+    one = 1 / (tl.maximum(tl.abs(z), least) + eps)
+    tl.store(qn + line + o, z, inside)
+    tl.store(over + line + o, one * enter, inside)
+    square = line * C + o[:, None] * C + o[None, :]
+    tl.store(M + square, (p * one[:, None]).to(M.dtype.element_ty), inside[:, None])
+
+
+@entry
+@triton.jit(do_not_specialize=["N", "eps"])
+def queries(
+    q, k, v, do, s, n, m, qn, steps, rest, gain, read, over, dm, product, M, dM, dq, bar,
+    chunks, starts, first, N, eps,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, NC: tl.constexpr, C: tl.constexpr,
+    R: tl.constexpr, TURNS: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr, KP: tl.constexpr,
+    DT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq_t = over_t s do_t + sum_s dM_ts k_s and a term of the normaliser, of R tokens of a chunk.
+
+    s [chunks, H, K, V], the states before chunks; n, the normaliser before chunks of NC tokens,
+    counted by `first`. M, dM [H, N, C]: M as in `scores`, here of chunks of C, and the gradient of
+    q k. dm: gradient of m through eps; product: q . dq; bar [chunks, H, C / R, K]: what q adds to
+    the normaliser's gradient.
+
+    How much a denominator weighs, h . dh, is the product of q with its own gradient through the
+    numerator, never that of a rounded h: where one token rules an output, the gradients through
+    both cancel.
     """
     pid = tl.program_id(0).to(tl.int64)
     part, pid = pid % (C // R), pid // (C // R)
@@ -238,121 +287,127 @@ def scores(
     left = (end - t0).to(tl.int32)
     o = (part * R).to(tl.int32) + tl.arange(0, R)
     u = tl.arange(0, C)
-    inside = o < left
-    line = h * N + t0
-    at, j = t0 * H + h, tl.load(first + row) + (t0 - tl.load(starts + row)) // NC
-    n += (j * H + h) * K
-    p, qn = _products(q + at * K, k + at * K, n, o, u, left, H, K, True, BD, DT, PRECISION)
-    p *= _weights(steps, rest, gain, line, o, u, left)
+    e = tl.arange(0, KP)
+    inside, present, there = o < left, u < left, _there(e, K, KP)
+    mine = inside[:, None] & there[None, :]
+    at, line = t0 * H + h, h * N + t0
+    j = tl.load(first + row) + (t0 - tl.load(starts + row)) // NC
+    od, ok = tl.arange(0, BD), tl.arange(0, BK)
+    ro, ru = o[:, None].to(tl.int64) * H, u[:, None].to(tl.int64) * H
+    p, dp = tl.zeros([R, C], tl.float32), tl.zeros([R, C], tl.float32)
+    x = tl.zeros([R, KP], tl.float32)
+    for i in range(0, TURNS):
+        d = i * BD + od
+        c = _there(d, V, TURNS * BD)
+        g = tl.load(do + (at + ro) * V + d[None, :], inside[:, None] & c[None, :], 0.0).to(DT)
+        y = tl.load(v + (at + ru) * V + d[None, :], present[:, None] & c[None, :], 0.0).to(DT)
+        dp = tl.dot(g, tl.trans(y), dp, input_precision=PRECISION)
+        y = s + (pid * K + e[:, None]) * V + d[None, :]
+        y = tl.load(y, there[:, None] & c[None, :], 0.0).to(DT)
+        x = tl.dot(g, tl.trans(y), x, input_precision=PRECISION)
+        d = i * BK + ok
+        c = _there(d, K, TURNS * BK)
+        g = tl.load(q + (at + ro) * K + d[None, :], inside[:, None] & c[None, :], 0.0).to(DT)
+        y = tl.load(k + (at + ru) * K + d[None, :], present[:, None] & c[None, :], 0.0).to(DT)
+        p = tl.dot(g, tl.trans(y), p, input_precision=PRECISION)
     enter = tl.load(read + line + o, inside, 0.0)
-    qn = tl.sum(p, 1) + qn * enter
     least = tl.exp2(-tl.load(m + line + o, inside, 0.0))
-    one = 1 / (tl.maximum(tl.abs(qn), least) + eps)
+    all = tl.load(qn + line + o, inside, 0.0)
+    nt = tl.load(n + (j * H + h) * K + e, e < K, 0.0)
+    qt = tl.load(q + (at + ro) * K + e[None, :], mine, 0.0).to(DT)
+    one = 1 / (tl.maximum(tl.abs(all), least) + eps)
     tl.store(over + line + o, one * enter, inside)
-    p *= one[:, None]
+    x *= (one * enter)[:, None]
+    through = tl.sum(x * qt.to(tl.float32), 1)
+    w = _weights(steps, rest, gain, line, o, u, left)
+    y = p * w
     square = line * C + o[:, None] * C + u[None, :]
-    tl.store(M + square, p.to(M.dtype.element_ty), inside[:, None])
-    if BACK:
-        tl.store(inv + line + o, one, inside)
-        sign = tl.where(qn > 0, one, -one)
-        tl.store(side + line + o, tl.where(tl.abs(qn) > least, sign, 0.0), inside)
-        dp, _n = _products(do + at * V, v + at * V, n, o, u, left, H, V, False, BD, DT, PRECISION)
-        tl.store(half + line + o, tl.sum(p * dp, 1), inside)
-        tl.store(P + square, dp * one[:, None], inside[:, None])
+    tl.store(M + square, (y * one[:, None]).to(M.dtype.element_ty), inside[:, None])
+    before = all - tl.sum(y, 1)
+    dp *= one[:, None]
+    delta = through + tl.sum(y * dp, 1)
+    tl.store(dm + line + o, -eps * delta * one, inside)
+    dqn = tl.where(all > 0, -one, one) * delta
+    dqn = tl.where(tl.abs(all) > least, dqn, 0.0)
+    dp = (w * (dp + dqn[:, None])).to(dM.dtype.element_ty)
+    tl.store(dM + square, dp, inside[:, None])
+    # Of dM as it is rounded: so it is in the products of k with its gradients, and errors cancel.
+    through += dqn * before + tl.sum(dp.to(tl.float32) * p, 1)
+    tl.store(product + line + o, through, inside)
+    own = dqn * enter
+    high = own.to(DT).to(tl.float32)
+    c = tl.arange(0, 16)[None, :]
+    y = tl.where(c == 0, high[:, None], tl.where(c == 1, (own - high)[:, None], 0.0)).to(DT)
+    y = tl.sum(tl.dot(tl.trans(qt), y, input_precision=PRECISION), 1)
+    tl.store(bar + (pid * (C // R) + part) * K + e, y, e < K)
+    y = tl.load(k + (at + ru) * K + e[None, :], present[:, None] & there[None, :], 0.0).to(DT)
+    x = tl.dot(dp.to(DT), y, x + own[:, None] * nt[None, :], input_precision=PRECISION)
+    tl.store(dq + (at + ro) * K + e[None, :], x.to(dq.dtype.element_ty), mine)
 
 
-@triton.jit(do_not_specialize=["N", "eps"])
-def reads(
-    r, y, M, dM, s, n, mate, weight, out, product, do, dv, P,
-    steps, rest, gain, read, inv, side, half, dm, bar, chunks, starts, first, N, eps,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, QUERY: tl.constexpr, NC: tl.constexpr,
-    C: tl.constexpr, R: tl.constexpr, BD: tl.constexpr, KP: tl.constexpr, DT: tl.constexpr,
-    PRECISION: tl.constexpr,
+@entry
+@triton.jit(do_not_specialize=["N"])
+def keys(
+    q, k, v, do, s, n, M, dM, keep, product, dk, dv, chunks, N,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
+    BD: tl.constexpr, KP: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of R tokens of a chunk, out_t = weight_t s r_t + sum_s dM_ts y_s, of the queries (r
-    is do, y is k, s the states before chunks) or of the keys (r is v, y is q, s the gradients of
-    the states after chunks, dM taken the other way), of the latter also those of the values,
+    """Gradients of R keys and values of a chunk, M and dM of its C tokens taken the other way:
 
-        dv_s = weight_s k_s s + sum_t M_ts do_t.
+        dk_s = keep_s s v_s + sum_t dM_ts q_t,    dv_s = keep_s k_s s + sum_t M_ts do_t
 
-    s [chunks, H, K, V]. Both have a term of the normaliser, n [chunks of NC tokens, H, K], or its
-    gradient, and give the products of out_t with `mate`, which is q or k.
-
-    QUERY makes dM, of P of `scores`. How much a denominator weighs, h . dh, is the product of q
-    with its own gradient through the numerator, never that of a rounded h: where one token rules an
-    output, the gradients through both cancel. dm: gradient of m through eps; bar [chunks, H, C / R,
-    K]: what q adds to the normaliser's gradient.
+    s [chunks, H, K, V], n [chunks, H, K]: the gradients of states and normalisers after chunks.
+    product: k . dk.
     """
     pid = tl.program_id(0).to(tl.int64)
     part, pid = pid % (C // R), pid // (C // R)
     j, h = pid // H, pid % H
-    row, t0, end = tl.load(chunks + j * 3), tl.load(chunks + j * 3 + 1), tl.load(chunks + j * 3 + 2)
+    t0, end = tl.load(chunks + j * 3 + 1), tl.load(chunks + j * 3 + 2)
     left = (end - t0).to(tl.int32)
     o = (part * R).to(tl.int32) + tl.arange(0, R)
     u = tl.arange(0, C)
     od = tl.arange(0, BD)
     e = tl.arange(0, KP)
-    inside, there = o < left, _there(e, K, KP)
+    inside, present, there = o < left, u < left, _there(e, K, KP)
     mine = inside[:, None] & there[None, :]
-    at = t0 * H + h
-    line = h * N + t0
-    r += at * V + o[:, None].to(tl.int64) * (H * V) + od[None, :]
-    s0 = s
-    s += pid * K * V + e[:, None].to(tl.int64) * V + od[None, :]
-    along = at * K + o[:, None].to(tl.int64) * (H * K) + e[None, :]
-    own = tl.load(weight + line + o, inside, 0.0)
-    if not QUERY:
-        do += at * V + u[:, None].to(tl.int64) * (H * V) + od[None, :]
-        dv += at * V + o[:, None].to(tl.int64) * (H * V) + od[None, :]
-        if tl.bfloat16 == DT:
-            kt = tl.load(mate + along, mine, 0.0).to(DT)
-        square = line * C + u[:, None] * C + o[None, :]
-        Mt = tl.trans(tl.load(M + square, (u < left)[:, None], 0.0).to(DT))
+    at, line = t0 * H + h, h * N + t0
+    ro, ru = o[:, None].to(tl.int64) * H, u[:, None].to(tl.int64) * H
+    own = tl.load(keep + line + o, inside, 0.0)
+    nt = tl.load(n + pid * K + e, e < K, 0.0)
+    along = (at + ro) * K + e[None, :]
+    square = line * C + u[:, None] * C + o[None, :]
+    if tl.bfloat16 == DT:
+        kt = tl.load(k + along, mine, 0.0).to(DT)
+    Mt = tl.trans(tl.load(M + square, present[:, None], 0.0).to(DT))
     x = tl.zeros([R, KP], tl.float32)
     for d0 in range(0, V, BD):
-        d = _there(d0 + od, V, BD)
-        rt = tl.load(r + d0, inside[:, None] & d[None, :], 0.0).to(DT)
-        S = tl.load(s + d0, there[:, None] & d[None, :], 0.0).to(DT)
-        x = tl.dot(rt, tl.trans(S), x, input_precision=PRECISION)
-        if not QUERY:
-            g = tl.load(do + d0, (u < left)[:, None] & d[None, :], 0.0).to(DT)
-            if tl.bfloat16 == DT:
-                z = tl.dot(kt, S)
-            else:  # in pieces, as registers are few
-                z = tl.zeros([R, BD], tl.float32)
-                for e0 in range(0, K, BD):
-                    c = _there(e0 + od, K, BD)
-                    a = at * K + o[:, None].to(tl.int64) * (H * K) + e0 + od[None, :]
-                    a = tl.load(mate + a, inside[:, None] & c[None, :], 0.0).to(DT)
-                    b = pid * K * V + (e0 + od)[:, None].to(tl.int64) * V + d0 + od[None, :]
-                    b = tl.load(s0 + b, c[:, None] & d[None, :], 0.0).to(DT)
-                    z = tl.dot(a, b, z, input_precision=PRECISION)
-            z = tl.dot(Mt, g, z * own[:, None], input_precision=PRECISION)
-            tl.store(dv + d0, z.to(dv.dtype.element_ty), inside[:, None] & d[None, :])
-    x *= own[:, None]
-    j = tl.load(first + row) + (t0 - tl.load(starts + row)) // NC
-    nt = tl.load(n + (j * H + h) * K + e, e < K, 0.0)
-    if QUERY:
-        like = tl.load(mate + along, mine, 0.0).to(tl.float32)
-        delta = tl.load(half + line + o, inside, 0.0) + tl.sum(x * like, 1)
-        dqn = -delta * tl.load(side + line + o, inside, 0.0)
-        tl.store(dm + line + o, -eps * delta * tl.load(inv + line + o, inside, 0.0), inside)
-        own = dqn * tl.load(read + line + o, inside, 0.0)
-        tl.store(bar + (pid * (C // R) + part) * K + e, tl.sum(like * own[:, None], 0), e < K)
-        square = line * C + o[:, None] * C + u[None, :]
-        p = tl.load(P + square, inside[:, None], 0.0) + dqn[:, None]
-        p = (p * _weights(steps, rest, gain, line, o, u, left)).to(dM.dtype.element_ty)
-        tl.store(dM + square, p, inside[:, None])
-    else:
-        square = line * C + u[:, None] * C + o[None, :]
-        p = tl.trans(tl.load(dM + square, (u < left)[:, None], 0.0))
-    y += at * K + u[:, None].to(tl.int64) * (H * K) + e[None, :]
-    yt = tl.load(y, (u < left)[:, None] & there[None, :], 0.0).to(DT)
-    x += own[:, None] * nt[None, :]
-    x = tl.dot(p.to(DT), yt, x, input_precision=PRECISION)
-    like = tl.load(mate + along, mine, 0.0).to(tl.float32)  # anew, as registers are few
-    tl.store(product + line + o, tl.sum(x * like, 1), inside)
-    tl.store(out + along, x.to(out.dtype.element_ty), mine)
+        d = d0 + od
+        c = _there(d, V, BD)
+        y = tl.load(v + (at + ro) * V + d[None, :], inside[:, None] & c[None, :], 0.0).to(DT)
+        S = s + (pid * K + e[:, None]) * V + d[None, :]
+        S = tl.load(S, there[:, None] & c[None, :], 0.0).to(DT)
+        x = tl.dot(y, tl.trans(S), x, input_precision=PRECISION)
+        g = tl.load(do + (at + ru) * V + d[None, :], present[:, None] & c[None, :], 0.0).to(DT)
+        if tl.bfloat16 == DT:
+            z = tl.dot(kt, S)
+        else:  # in pieces, as registers are few
+            z = tl.zeros([R, BD], tl.float32)
+            for e0 in range(0, K, BD):
+                b = _there(e0 + od, K, BD)
+                a = k + (at + ro) * K + e0 + od[None, :]
+                a = tl.load(a, inside[:, None] & b[None, :], 0.0).to(DT)
+                t = s + (pid * K + e0 + od[:, None]) * V + d[None, :]
+                t = tl.load(t, b[:, None] & c[None, :], 0.0).to(DT)
+                z = tl.dot(a, t, z, input_precision=PRECISION)
+        z = tl.dot(Mt, g, z * own[:, None], input_precision=PRECISION)
+        z = z.to(dv.dtype.element_ty)
+        tl.store(dv + (at + ro) * V + d[None, :], z, inside[:, None] & c[None, :])
+    Mt = tl.trans(tl.load(dM + square, present[:, None], 0.0).to(DT))
+    y = tl.load(q + (at + ru) * K + e[None, :], present[:, None] & there[None, :], 0.0).to(DT)
+    x = tl.dot(Mt, y, (x + nt[None, :]) * own[:, None], input_precision=PRECISION)
+    tl.store(dk + along, x.to(dk.dtype.element_ty), mine)
+    y = tl.load(k + along, mine, 0.0).to(tl.float32)  # anew, as registers are few
+    tl.store(product + line + o, tl.sum(x * y, 1), inside)
 
 
 @triton.jit
@@ -377,6 +432,7 @@ def _entering(
     return x
 
 
+@entry
 @triton.jit(do_not_specialize=["N", "borders"])
 def walk(
     k, v, keep, total, x0, sums, s, s_end, s0, other, product,
@@ -457,6 +513,7 @@ def walk(
         tl.store(s_end + edge, x, whole & ends)
 
 
+@entry
 @triton.jit(do_not_specialize=["N"])
 def scan(
     q, k, v, M, read, keep, total, s0, sums, s_end, out, table, blocks, first, starts, N,
@@ -509,35 +566,51 @@ def scan(
     tl.store(s_end + edge, S, wide & thin & (end == tl.load(starts + row + 1)))
 
 
+@entry
 @triton.jit(do_not_specialize=["N", "H"])
-def routes(i, m, dm, dm_end, D, starts, N, H, B: tl.constexpr):
+def routes(
+    i, m, dm, dm_end, kept, own, D, table, first, starts, N, H,
+    HAS: tl.constexpr, SPLIT: tl.constexpr, SUM: tl.constexpr, B: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
     """D [H, N], the gradient that reaches m_t: of what reads it, and of m_{t+1} where that kept it.
 
-    dm_end [rows, H]: gradient of the last m.
+    dm_end [rows, H]: gradient of the last m. Blocks, SPLIT and SUM as in `gates`; kept, own
+    [blocks, H]: whether a block lets through what comes from later ones, and its own gradient.
     """
     pid = tl.program_id(0).to(tl.int64)
-    row, h = pid // H, pid % H
-    begin, end = tl.load(starts + row), tl.load(starts + row + 1)
-    o = tl.arange(0, B)
-    x = tl.load(dm_end + pid)
-    for p in range(0, end - begin, B):
-        t = end - 1 - p - o
-        inside = t >= begin
-        later = inside & (t + 1 < end)
-        i1 = tl.load(i + (t + 1) * H + h, later, 0.0).to(tl.float32) * LOG2E
-        m1 = tl.load(m + h * N + t + 1, later, 1.0)
-        keep = tl.where(i1 < m1, 1.0, 0.0)
-        keep, y = tl.associative_scan((keep, tl.load(dm + h * N + t, inside, 0.0)), 0, _linear)
-        y += keep * x
-        tl.store(D + h * N + t, y, inside)
-        x = tl.sum(tl.where(o == B - 1, y, 0.0), 0)
+    b, h = pid // H, pid % H
+    row, begin, end = tl.load(table + b * 3), tl.load(table + b * 3 + 1), tl.load(table + b * 3 + 2)
+    t = end - 1 - tl.arange(0, B)
+    inside = t >= begin
+    later = inside & (t + 1 < tl.load(starts + row + 1))
+    i1 = tl.load(i + (t + 1) * H + h, later, 0.0).to(tl.float32) * LOG2E
+    m1 = tl.load(m + h * N + t + 1, later, 1.0)
+    keep = tl.where(i1 < m1, 1.0, 0.0)
+    keep, y = tl.associative_scan((keep, tl.load(dm + h * N + t, inside, 0.0)), 0, _linear)
+    if SUM:
+        tl.store(kept + pid, _final(keep, B))
+        tl.store(own + pid, _final(y, B))
+    else:
+        x = tl.full([], 0.0, tl.float32)
+        if HAS:
+            x = tl.load(dm_end + row * H + h)
+        if SPLIT:
+            final = tl.load(first + row + 1) - 1
+            for e in range(0, final - b, P):
+                o = final - e - tl.arange(0, P)
+                g = tl.load(kept + o * H + h, o > b, 1.0)
+                z = tl.load(own + o * H + h, o > b, 0.0)
+                g, z = tl.associative_scan((g, z), 0, _linear)
+                x = x * _final(g, P) + _final(z, P)
+        tl.store(D + h * N + t, y + keep * x, inside)
 
 
+@entry
 @triton.jit(do_not_specialize=["N", "H", "blocks"])
 def gates_backward(
     i, f, m0, m, D, qdq, kdk, product, n, dn, ds0, tail, di, df, dm0,
     table, first, first_n, starts, N, H, blocks,
-    K: tl.constexpr, V: tl.constexpr, HAS: tl.constexpr, BORDERS: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, HAS: tl.constexpr, TAIL: tl.constexpr, BORDERS: tl.constexpr,
     NC: tl.constexpr, C: tl.constexpr, B: tl.constexpr, KP: tl.constexpr,
     BP: tl.constexpr,
 ):  # fmt: skip
@@ -548,8 +621,8 @@ def gates_backward(
     It is known at both ends of a block, where it is the product of the state and its gradient, and
     at closed gates, where it is 0: it begins anew there, and its error at the right end is spread
     over the tokens that led to it, as the squares of their steps. tail [rows, H]: that product at
-    the ends of sequences. n is counted by `first_n` in chunks of NC tokens, dn by `first` in chunks
-    of C.
+    the ends of sequences, 0 without TAIL. n is counted by `first_n` in chunks of NC tokens, dn by
+    `first` in chunks of C.
     """
     pid = tl.program_id(0).to(tl.int64)
     b, h = pid // H, pid % H
@@ -566,7 +639,9 @@ def gates_backward(
     left = tl.sum(nt * dnt, 0)
     nt = tl.load(n + ((at + B // NC) * H + h) * K + d, ahead & (d < K), 0.0)
     dnt = tl.load(dn + ((j + B // C - 1) * H + h) * K + d, ahead & (d < K), 0.0)
-    right = tl.sum(nt * dnt, 0) + tl.load(tail + row * H + h, end == tl.load(starts + row + 1), 0.0)
+    right = tl.sum(nt * dnt, 0)
+    if TAIL:
+        right += tl.load(tail + row * H + h, end == tl.load(starts + row + 1), 0.0)
     o = tl.arange(0, BP)
     at = product + (o.to(tl.int64) * blocks + b) * H + h
     left += tl.sum(tl.load(at, o < BORDERS, 0.0), 0)

@@ -12,6 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from longscan.kernels._launch import entry
+
 
 @triton.jit
 def _rows(tile, rows, heads, BLOCK_R: tl.constexpr, PER_HEAD: tl.constexpr):
@@ -44,6 +46,7 @@ def _act(z, ACT: tl.constexpr):
     return out, slope
 
 
+@entry
 @triton.jit(do_not_specialize=["rows", "heads"])
 def forward(
     x, gate, weight, y, rstds, rows, heads, x_token, x_head, g_token, g_head, eps, scale,
@@ -74,6 +77,7 @@ def forward(
     tl.store(rstds + row, rstd, mask=ok)
 
 
+@entry
 @triton.jit(do_not_specialize=["rows", "heads"])
 def backward(
     x, gate, weight, rstds, dy, dx, dgate, partial, rows, heads, x_token, x_head, g_token, g_head,

@@ -22,6 +22,8 @@ import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from longscan.kernels._launch import entry
+
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
 
@@ -253,6 +255,7 @@ def _steps(dt, bias, t, end, e0, E, BT: gl.constexpr, W: gl.constexpr, X: gl.con
     return step, raw
 
 
+@entry
 @gluon.jit(do_not_specialize=["size"])
 def scan(
     u, dt, rate, B, C, D, z, bias, enter, y, end, keep, total, table, begin, slots,
@@ -390,6 +393,7 @@ def scan(
         gl.store(total + piece * E + e, gl.sum(sums, 0), mask=e < E)
 
 
+@entry
 @gluon.jit(do_not_specialize=["M"])
 def backward(
     u, dt, rate, B, C, D, z, bias, keep, dy, after, du, ddt, dz, dB, dC, dA, dD, dbias, before,
@@ -567,6 +571,7 @@ def backward(
         gl.store(dbias + piece * E + e, sum_b, mask=e < E)
 
 
+@entry
 @triton.jit
 def combine(
     rate, total, parts, first, first_part, ends, enter, size, N: tl.constexpr,

@@ -22,6 +22,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from longscan.kernels._launch import entry
+
 TINY = tl.constexpr(1e-37)
 
 
@@ -125,6 +127,7 @@ def _where(starts, order, rows, pid, heads, ROWS: tl.constexpr):
     return head, row[:, None], first[:, None], length[:, None], tl.max(length, 0), there[:, None]
 
 
+@entry
 @triton.jit(do_not_specialize=["rows", "tokens"])
 def forward(
     gates, r, bias, state, y, final, exact, rough, carried, last, starts, order,
@@ -254,6 +257,7 @@ def _begin(state, carried, dstate, mine, own, part, valid, back, P1, Q1, e, took
     _store4(dstate + mine, part, back, dc, dn, dm, valid)
 
 
+@entry
 @triton.jit(do_not_specialize=["rows", "tokens"])
 def backward(
     r, state, final, exact, rough, carried, last, dy, dfinal, dgates, dstate, starts, order,
@@ -347,6 +351,7 @@ def _seen(counter):
     )  # fmt: skip
 
 
+@entry
 @triton.jit(do_not_specialize=["rows", "tokens", "group", "begin"])
 def forward_split(
     gates, r, bias, state, y, final, exact, rough, carried, last, lows, sent, counters,
@@ -458,6 +463,7 @@ def _gathered(dgates, R, first, t, length, head, heads, D: tl.constexpr, P: tl.c
     return a + b
 
 
+@entry
 @triton.jit(do_not_specialize=["rows", "tokens", "group", "end"])
 def backward_split(
     r, state, final, exact, rough, carried, last, dy, dfinal, dgates, dstate, moved, counters,

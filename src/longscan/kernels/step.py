@@ -15,6 +15,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from longscan.kernels._launch import entry
+
 
 @triton.jit
 def _log1p(e):
@@ -68,6 +70,7 @@ def _feature(y, mask):
     return tl.where(mask, tl.where(y > 0, y + 1.0, tl.exp(tl.minimum(y, 0.0))), 0.0)
 
 
+@entry
 @triton.jit
 def step(
     q, k, v, window, taps, bias, new_window, state, new_state, raw, a_log, gate_bias,
@@ -200,6 +203,7 @@ def step(
     tl.store(o + place, out.to(o.dtype.element_ty), mask=v_in)
 
 
+@entry
 @triton.jit
 def convolve(
     x, old, taps, bias, new, y, x_row, channels,
@@ -214,6 +218,7 @@ def convolve(
     tl.store(y + row * channels + index, out.to(y.dtype.element_ty), mask=mask)
 
 
+@entry
 @triton.jit
 def scan(
     u, raw, dt_bias, a_log, b, c, skip, z, state, new_state, y,

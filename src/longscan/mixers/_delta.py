@@ -11,7 +11,9 @@ from torch.nn import functional as F
 from longscan.mixers._heads import HeadMixer
 from longscan.mixers._parts import init_a_log_, init_dt_bias_, softplus_gate
 from longscan.ops._check import widen
+from longscan.ops._gates_fused import gates_fits, gates_fused
 from longscan.ops.delta import delta
+from longscan.ops.dispatch import by_kernel
 from longscan.ops.norm import l2_norm
 from longscan.ops.step import Decay, Delta
 from longscan.state import State
@@ -67,6 +69,10 @@ class DeltaMixer(HeadMixer):
     def activate(self, qkv: Tensor) -> Tensor:
         return F.silu(qkv)
 
+    @property
+    def unit_heads(self) -> bool:
+        return type(self).normalise is DeltaMixer.normalise
+
     def normalise(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Unit keys, queries of length K^-0.5."""
         return l2_norm(q, scale=self.d_key**-0.5), l2_norm(k)
@@ -76,6 +82,17 @@ class DeltaMixer(HeadMixer):
         if self.A_log is None or self.dt_bias is None:
             return None
         return softplus_gate(extras[1], self.A_log, self.dt_bias)
+
+    def gates(self, extras: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """beta and `log_decay`, by one kernel where there is one. (Compilers make one.)"""
+        per_head = type(self).log_decay is DeltaMixer.log_decay
+        if per_head and self.A_log is not None and self.dt_bias is not None:
+            b, a = extras
+            given = (b, a, self.A_log, self.dt_bias)
+            eager = not torch.compiler.is_compiling()
+            if eager and by_kernel("delta", b, lambda: gates_fits(*given)):
+                return gates_fused(*given, scale=self.beta_max)
+        return self.beta_max * widen(extras[0]).sigmoid(), self.log_decay(extras)
 
     def step_decay(self, extras: list[Tensor]) -> Decay | None:
         """`log_decay` for `ops.step`."""
@@ -103,11 +120,9 @@ class DeltaMixer(HeadMixer):
         state: State | None,
         cu_seqlens: Tensor | None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        q, k = self.normalise(q, k)
-        beta = self.beta_max * widen(extras[0]).sigmoid()
+        beta, log_a = self.gates(extras)
         if self.steps > 1:
             beta = beta.unflatten(-1, (self.steps, -1))
-        log_a = self.log_decay(extras)
         s = None if state is None else state.tensor("s")
         o, s = delta(q, k, v, beta, log_a, state=s, cu_seqlens=cu_seqlens)
         return o, {"s": s}

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from longscan.mixers._parts import RMSNorm, ShortConv
+from longscan.mixers._parts import RMSNorm, ShortConv, convolved_projection
 from longscan.mixers.base import Mixer
 from longscan.ops._check import compute_dtype
 from longscan.ops.norm import gated_rms_norm
@@ -21,6 +21,7 @@ class HeadMixer(Mixer):
 
         q | k | v | g | extras = in_proj(x)
         q, k, v = activate(conv(q | k | v))              the convolution only if d_conv > 0
+        q, k = normalise(q, k)
         o, S = recur(q, k, v, extras, S)                 the mixer's own part
         y = out_proj(norm_per_head(o) * gate(g))
 
@@ -31,6 +32,8 @@ class HeadMixer(Mixer):
     State: conv [B, d_conv - 1, channels of q | k | v] (absent without a convolution),
     s [B, n_value_heads, d_key, d_value].
     """
+
+    reads_by_product = True
 
     def __init__(
         self,
@@ -108,6 +111,15 @@ class HeadMixer(Mixer):
     silu_behind_conv = True
     """Whether the nonlinearity behind a convolution is SiLU on all of q | k | v."""
 
+    @property
+    def unit_heads(self) -> bool:
+        """Whether `normalise` is `_parts.unit_heads`, which kernels do behind a convolution."""
+        return False
+
+    def normalise(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys as `recur` wants them."""
+        return q, k
+
     def activate(self, qkv: Tensor) -> Tensor:
         """The nonlinearity on q | k | v where that is not SiLU behind a convolution."""
         return qkv
@@ -169,28 +181,34 @@ class HeadMixer(Mixer):
         self, x: Tensor, state: State | None = None, *, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, State]:
         self._check_input(x)
-        qkv, g, *extras = self.in_proj(x).split(self._split, -1)
-        if state is not None and is_token(qkv, state, cu_seqlens):
-            options = self.step_options([e[:, 0] for e in extras], state)
-            if options is not None:
-                o, after = self._step(qkv[:, 0], state, options)
-                return self._project(o, g, x), State(after)
         carried: dict[str, Tensor] = {}
-        if self.conv1d is not None:
-            window = None if state is None else state.tensor("conv")
-            conv = self.conv1d.activated if self.silu_behind_conv else self.conv1d
-            qkv, carried["conv"] = conv(qkv, window, cu_seqlens)
-        if self.conv1d is None or not self.silu_behind_conv:
-            qkv = self.activate(qkv)
-        q, k, v = qkv.split(self._qkv, -1)
-        o, recurrent = self.recur(
-            self._heads(q, self.d_key),
-            self._stepped(k, self.d_key),
-            self._stepped(v, self.d_value),
-            extras,
-            state,
-            cu_seqlens,
-        )
+        window = None if state is None or self.conv1d is None else state.tensor("conv")
+        token = state is not None and is_token(x, state, cu_seqlens)
+        unit = 0
+        if self.conv1d is not None and self.silu_behind_conv and not token:
+            unit = self.d_key if self.unit_heads else 0
+            (q, k, v), carried["conv"], (g, *extras) = convolved_projection(
+                self.in_proj, self.conv1d, x, self._split, self._qkv, state=window,
+                cu_seqlens=cu_seqlens, unit=unit,
+            )  # fmt: skip
+        else:
+            qkv, g, *extras = self.in_proj(x).split(self._split, -1)
+            if state is not None and token:
+                options = self.step_options([e[:, 0] for e in extras], state)
+                if options is not None:
+                    o, after = self._step(qkv[:, 0], state, options)
+                    return self._project(o, g, x), State(after)
+            if self.conv1d is not None:
+                conv = self.conv1d.activated if self.silu_behind_conv else self.conv1d
+                qkv, carried["conv"] = conv(qkv, window, cu_seqlens)
+            if self.conv1d is None or not self.silu_behind_conv:
+                qkv = self.activate(qkv)
+            q, k, v = qkv.split(self._qkv, -1)
+        q, k = self._heads(q, self.d_key), self._stepped(k, self.d_key)
+        if not unit:
+            q, k = self.normalise(q, k)
+        v = self._stepped(v, self.d_value)
+        o, recurrent = self.recur(q, k, v, extras, state, cu_seqlens)
         return self._project(o, g, x), State(carried, **recurrent)
 
     def _project(self, o: Tensor, g: Tensor, x: Tensor) -> Tensor:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from longscan.ops._conv_fused import conv_fits, conv_fused
+from longscan.ops._conv_fused import PARTS, conv_fits, conv_parts, unit_fits
+from longscan.ops._projection_fused import projection_fits, projection_fused
 from longscan.ops.conv import conv
 from longscan.ops.dispatch import by_kernel
-from longscan.ops.norm import rms_norm
+from longscan.ops.norm import l2_norm, rms_norm
 from longscan.ops.step import is_token, window_step
 
 
@@ -71,20 +73,87 @@ class ShortConv(nn.Module):
         self, x: Tensor, state: Tensor | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """SiLU of the convolution, by one kernel where there is one."""
-        weight, bias = self._taps(x)
+        (y,), window = self.activated_parts(x, [x.shape[-1]], state, cu_seqlens)
+        return y, window
+
+    def activated_parts(
+        self,
+        x: Tensor,
+        sizes: Sequence[int],
+        state: Tensor | None,
+        cu_seqlens: Tensor | None,
+        unit: int = 0,
+    ) -> tuple[Sequence[Tensor], Tensor]:
+        """`activated`, the result cut into parts of `sizes` channels, which are q and k first if
+        there is a `unit`: see `unit_heads`."""
         if state is not None and is_token(x, state, cu_seqlens):
-            done = window_step(x[:, 0], weight, bias, state, silu=True)
+            done = window_step(x[:, 0], *self._taps(x), state, silu=True)
             if done is not None:
-                return done[0].unsqueeze(1), done[1]
-        if by_kernel("conv", x, lambda: conv_fits(x, weight, bias)):
-            return conv_fused(x, weight, bias, state=state, cu_seqlens=cu_seqlens, silu=True)
-        y, window = conv(x, weight, bias, state=state, cu_seqlens=cu_seqlens)
-        return F.silu(y), window
+                return unit_heads(done[0].unsqueeze(1).split(sizes, -1), unit), done[1]
+        if self.by_kernel(x) and len(sizes) <= PARTS:
+            inside = unit if unit_fits(unit, sizes) else 0
+            ys, window = conv_parts(
+                x, *self.taps(), list(sizes), state=state, cu_seqlens=cu_seqlens, silu=True,
+                unit=inside,
+            )  # fmt: skip
+            return unit_heads(ys, unit - inside), window
+        y, window = conv(x, *self._taps(x), state=state, cu_seqlens=cu_seqlens)
+        return unit_heads(F.silu(y).split(sizes, -1), unit), window
+
+    def by_kernel(self, x: Tensor) -> bool:
+        """Whether a kernel computes the convolution of x."""
+        return by_kernel("conv", x, lambda: conv_fits(x, *self.taps()))
+
+    def taps(self) -> tuple[Tensor, Tensor | None]:
+        """Weights [d, width] and bias in their own dtype, which kernels take."""
+        return self.weight.squeeze(1), self.bias
 
     def _taps(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Under autocast a projection may hand over bfloat16 while the taps are float32."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return self.weight.squeeze(1).to(x.dtype), bias
+
+
+def unit_heads(parts: Sequence[Tensor], unit: int) -> Sequence[Tensor]:
+    """q and k, the first two parts, with heads of `unit` channels: heads of q scaled to length
+    unit^-0.5, heads of k to 1. Nothing is done where unit is 0."""
+    if not unit:
+        return parts
+    q, k, *rest = parts
+    q, k = q.unflatten(-1, (-1, unit)), k.unflatten(-1, (-1, unit))
+    return [l2_norm(q, scale=unit**-0.5).flatten(-2), l2_norm(k).flatten(-2), *rest]
+
+
+def convolved_projection(
+    linear: nn.Module,
+    conv: ShortConv,
+    x: Tensor,
+    sizes: Sequence[int],
+    inner: Sequence[int],
+    *,
+    at: int = 0,
+    state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    unit: int = 0,
+) -> tuple[Sequence[Tensor], Tensor, list[Tensor]]:
+    """linear(x) cut into parts of `sizes`, and SiLU(conv(part `at`)) cut into parts of `inner`,
+    the first two of them of unit length (`unit_heads`).
+
+    One function where kernels run and `linear` is nothing but a product (`projection_fits`).
+    Returns: the convolved parts, the window, the projection's other parts.
+    """
+    eager = not torch.compiler.is_compiling()  # compilers pad and fuse by themselves
+    if eager and len(inner) <= PARTS and projection_fits(linear, x) and conv.by_kernel(x):
+        assert isinstance(linear, nn.Linear)
+        inside = unit if unit_fits(unit, inner) else 0
+        ys, window, parts = projection_fused(
+            x, linear.weight, *conv.taps(), sizes=sizes, at=at, inner=inner, state=state,
+            cu_seqlens=cu_seqlens, unit=inside,
+        )  # fmt: skip
+        return unit_heads(ys, unit - inside), window, parts
+    parts = list(linear(x).split(sizes, -1))
+    ys, window = conv.activated_parts(parts.pop(at), inner, state, cu_seqlens, unit)
+    return ys, window, parts
 
 
 def softplus_inverse(y: Tensor) -> Tensor:

@@ -10,8 +10,7 @@ from longscan.mixers.base import Mixer
 from longscan.ops._cache import counts
 from longscan.ops._check import compute_dtype
 from longscan.ops.attention import attention, attention_weights
-from longscan.ops.norm import rms_norm
-from longscan.ops.rotary import rotary, rotary_factors
+from longscan.ops.rotary import rotary_factors, rotary_heads
 from longscan.state import State
 
 
@@ -34,6 +33,8 @@ class Attention(Mixer):
     Differs: one fused input projection.
     Reference: Hugging Face transformers (Qwen3), Apache-2.0.
     """
+
+    reads_by_product = True
 
     def __init__(
         self,
@@ -66,9 +67,8 @@ class Attention(Mixer):
         self.window, self.rope_theta = window, rope_theta
         # A share such as 0.58 of 100 is 57.99999999999999 and must not lose a pair to rounding.
         self.rotary_dim = 2 * int(self.d_head * rotary_fraction / 2 + 1e-6)
-        self._qk_rows = (n_heads + n_kv_heads) * self.d_head
-        self._v_rows = n_kv_heads * self.d_head
-        self.in_proj = nn.Linear(d_model, self._qk_rows + self._v_rows, bias=bias)
+        self._rows = (n_heads + 2 * n_kv_heads) * self.d_head
+        self.in_proj = nn.Linear(d_model, self._rows, bias=bias)
         self.q_norm = RMSNorm(self.d_head, norm_eps) if qk_norm else None
         self.k_norm = RMSNorm(self.d_head, norm_eps) if qk_norm else None
         self.out_proj = nn.Linear(n_heads * self.d_head, d_model, bias=bias)
@@ -94,51 +94,41 @@ class Attention(Mixer):
         w = self.in_proj.weight
         return w.dtype if w.is_cuda else compute_dtype(w)
 
-    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q and k side by side [B, T, n_heads + n_kv_heads, d_head], v, and what else there is."""
-        y = self.in_proj(x)
-        both, end = self._qk_rows, self._qk_rows + self._v_rows
-        qk, v = y[..., :both], y[..., both:end]
-        return qk.unflatten(-1, (-1, self.d_head)), v.unflatten(-1, (-1, self.d_head)), y[..., end:]
-
-    def _turn(self, qk: Tensor, state: State | None, cu_seqlens: Tensor | None) -> Tensor:
-        """The norms and the rotary positions of q and k side by side: one call serves both."""
-        if self.q_norm is not None and self.k_norm is not None:
-            weight = torch.cat(
-                [
-                    self.q_norm.weight.expand(self.n_heads, -1),
-                    self.k_norm.weight.expand(self.n_kv_heads, -1),
-                ]
+    def _heads(
+        self, y: Tensor, state: State | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """q, k, v and what else there is from in_proj's output, q and k normed and turned."""
+        cos, sin = None, None
+        if self.rope_theta is not None and self.rotary_dim:
+            cos, sin = rotary_factors(
+                y.shape[1],
+                self.rotary_dim,
+                self.rope_theta,
+                start=None if state is None else counts(state),
+                cu_seqlens=cu_seqlens,
+                dtype=compute_dtype(y),
+                device=y.device,
             )
-            dtype = compute_dtype(qk)
-            qk = (rms_norm(qk.to(dtype), None, self.q_norm.eps) * weight.to(dtype)).to(qk.dtype)
-        if self.rope_theta is None or self.rotary_dim == 0:
-            return qk
-        cos, sin = rotary_factors(
-            qk.shape[1],
-            self.rotary_dim,
-            self.rope_theta,
-            start=None if state is None else counts(state),
-            cu_seqlens=cu_seqlens,
-            dtype=compute_dtype(qk),
-            device=qk.device,
-        )
-        return rotary(qk, cos, sin)
+        norms, eps = None, 0.0
+        if self.q_norm is not None and self.k_norm is not None:
+            norms, eps = (self.q_norm.weight, self.k_norm.weight), self.q_norm.eps
+        return rotary_heads(
+            y, cos, sin, norms, heads=self.n_heads, groups=self.n_kv_heads, d_head=self.d_head,
+            eps=eps,
+        )  # fmt: skip
 
     def forward(
         self, x: Tensor, state: State | None = None, *, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, State]:
         self._check_input(x)
-        qk, v, _ = self._project(x)
-        q, k = self._turn(qk, state, cu_seqlens).split([self.n_heads, self.n_kv_heads], 2)
+        q, k, v, _ = self._heads(self.in_proj(x), state, cu_seqlens)
         o, state = attention(q, k, v, window=self.window, state=state, cu_seqlens=cu_seqlens)
         return self.out_proj(o.flatten(-2)), state
 
     def weights(self, x: Tensor) -> Tensor:
         """The attention probabilities [B, n_heads, T, T] on fresh sequences, to look at them."""
         self._check_input(x)
-        qk = self._turn(self._project(x)[0], None, None)
-        q, k = qk.split([self.n_heads, self.n_kv_heads], 2)
+        q, k, _, _ = self._heads(self.in_proj(x), None, None)
         return attention_weights(q, k, window=self.window)
 
 

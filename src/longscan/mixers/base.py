@@ -26,6 +26,8 @@ class Mixer(nn.Module):
     no_weight_decay: parameters that must not be decayed, beyond those with fewer than two axes.
     lr_limit: parameter -> the largest learning rate it may get, whatever the model's is.
     owns_norm: True if the mixer normalises its input itself and wants the residual stream as it is.
+    reads_by_product: True if products are all that reads the input, so that it may come rounded to
+    what autocast would round it to there.
     penalty: what the last forward in training adds to the model's loss (a scalar), or None.
     shares_value: True if the mixer has `mix(..., first=) -> (y, state, first)`, where `first` is
     what the first such mixer of a model made of the same tokens (RWKV-7's value residual).
@@ -35,6 +37,7 @@ class Mixer(nn.Module):
     no_weight_decay: ClassVar[tuple[str, ...]] = ()
     owns_norm: ClassVar[bool] = False
     shares_value: ClassVar[bool] = False
+    reads_by_product: ClassVar[bool] = False
     penalty: Tensor | None = None
     lr_limit: Mapping[str, float] = MappingProxyType({})
 

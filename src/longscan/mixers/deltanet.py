@@ -80,6 +80,10 @@ class DeltaNet(DeltaMixer):
         qk, v = qkv.split([self._qkv[0] + self._qkv[1], self._qkv[2]], -1)
         return torch.cat([ACTIVATIONS[self.qk_activation](qk), F.silu(v)], -1)
 
+    @property
+    def unit_heads(self) -> bool:
+        return self.qk_norm == "l2"
+
     def normalise(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         if self.qk_norm == "l2":
             return super().normalise(q, k)

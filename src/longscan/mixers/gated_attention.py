@@ -129,7 +129,7 @@ class GatedAttention(Attention):
         input has no [B, T].
         """
         self._check_input(x)
-        return self._scores(self._project(x)[2])
+        return self._scores(self.in_proj(x)[..., self._rows :])
 
     def _scores(self, logits: Tensor) -> Tensor:
         if self.gate_logits is None:
@@ -141,36 +141,36 @@ class GatedAttention(Attention):
     def _gated(self, y: Tensor, scores: Tensor) -> Tensor:
         return y * scores if self.gate_form == "multiply" else y + scores
 
-    def _queries_keys(self, qk: Tensor, scores: Tensor) -> Tensor:
-        """q and k side by side, one of them gated where the gate is there."""
+    def _projected(self, x: Tensor) -> Tensor:
+        """in_proj's output, with gated queries or keys where the gate is there."""
+        y = self.in_proj(x)
         if self.gate not in ("query", "key"):
-            return qk
-        q, k = qk.split([self.n_heads, self.n_kv_heads], 2)
-        if self.gate == "query":
-            return torch.cat([self._gated(q, scores), k], 2)
-        return torch.cat([q, self._gated(k, scores)], 2)
+            return y
+        sizes = [h * self.d_head for h in (self.n_heads, self.n_kv_heads, self.n_kv_heads)]
+        parts = list(y.split([*sizes, y.shape[-1] - self._rows], -1))
+        i = 0 if self.gate == "query" else 1
+        heads = parts[i].unflatten(-1, (-1, self.d_head))
+        parts[i] = self._gated(heads, self._scores(parts[3])).flatten(-2)
+        return torch.cat(parts, -1)
 
     def forward(
         self, x: Tensor, state: State | None = None, *, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, State]:
         self._check_input(x)
-        qk, v, logits = self._project(x)
-        scores = self._scores(logits)
-        qk = self._turn(self._queries_keys(qk, scores), state, cu_seqlens)
-        q, k = qk.split([self.n_heads, self.n_kv_heads], 2)
+        q, k, v, logits = self._heads(self._projected(x), state, cu_seqlens)
         if self.gate == "value":
-            v = self._gated(v, scores)
+            v = self._gated(v, self._scores(logits))
         o, state = attention(q, k, v, window=self.window, state=state, cu_seqlens=cu_seqlens)
         if self.gate == "sdpa":
-            o = self._gated(o, scores)
+            o = self._gated(o, self._scores(logits))
         y = self.out_proj(o.flatten(-2))
-        return (self._gated(y, scores) if self.gate == "output" else y), state
+        if self.gate == "output":
+            y = self._gated(y, self._scores(logits))
+        return y, state
 
     def weights(self, x: Tensor) -> Tensor:
         self._check_input(x)
-        qk, _, logits = self._project(x)
-        qk = self._turn(self._queries_keys(qk, self._scores(logits)), None, None)
-        q, k = qk.split([self.n_heads, self.n_kv_heads], 2)
+        q, k, _, _ = self._heads(self._projected(x), None, None)
         return attention_weights(q, k, window=self.window)
 
 

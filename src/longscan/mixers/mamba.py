@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from longscan.mixers._parts import ShortConv, init_dt_bias_
+from longscan.mixers._parts import ShortConv, convolved_projection, init_dt_bias_
 from longscan.mixers.base import Mixer
 from longscan.ops._check import compute_dtype
 from longscan.ops._selective_fused import selective_fits, selective_fused
@@ -55,6 +55,7 @@ class Mamba(Mixer):
     Reference: state-spaces/mamba, Apache-2.0.
     """
 
+    reads_by_product = True
     keep_float32 = ("A_log", "D")
     no_weight_decay = ("A_log", "D")
 
@@ -121,9 +122,10 @@ class Mamba(Mixer):
         one_token = x.shape[1] == 1 and cu_seqlens is None
         if state is not None and one_token and backend_of("selective", x).name != "reference":
             return self._step(x, state)
-        u, z = self.in_proj(x).chunk(2, -1)
-        window = None if state is None else state.tensor("conv")
-        u, window = self.conv1d.activated(u, window, cu_seqlens)
+        (u,), window, (z,) = convolved_projection(
+            self.in_proj, self.conv1d, x, [self.d_inner] * 2, [self.d_inner],
+            state=None if state is None else state.tensor("conv"), cu_seqlens=cu_seqlens,
+        )  # fmt: skip
         r, b, c = self.x_proj(u).split(self._split, -1)
         if self.bcdt_norm_eps is not None:
             r, b, c = (rms_norm(t, None, self.bcdt_norm_eps) for t in (r, b, c))

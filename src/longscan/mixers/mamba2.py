@@ -8,7 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from longscan.mixers._parts import RMSNorm, ShortConv, init_a_log_, init_dt_bias_
+from longscan.mixers._parts import (
+    RMSNorm,
+    ShortConv,
+    convolved_projection,
+    init_a_log_,
+    init_dt_bias_,
+)
 from longscan.mixers.base import Mixer
 from longscan.ops._check import compute_dtype
 from longscan.ops.decay import decay
@@ -34,6 +40,7 @@ class Mamba2(Mixer):
     Reference: state-spaces/mamba, Apache-2.0.
     """
 
+    reads_by_product = True
     keep_float32 = ("A_log", "D", "dt_bias")
     no_weight_decay = ("A_log", "D", "dt_bias")
 
@@ -110,28 +117,34 @@ class Mamba2(Mixer):
         self, x: Tensor, state: State | None = None, *, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, State]:
         self._check_input(x)
-        z0, x0, z, xbc, dt = self.in_proj(x).split(self._split, -1)
-        if state is not None and is_token(xbc, state, cu_seqlens):
+        window = None if state is None else state.tensor("conv")
+        if state is not None and is_token(x, state, cu_seqlens):
+            z0, x0, z, xbc, dt = self.in_proj(x).split(self._split, -1)
             y, after = self._step(xbc[:, 0], dt[:, 0], state)
             return self._project(y, z, x0, z0, x), after
-        window = None if state is None else state.tensor("conv")
-        xbc, window = self.conv1d.activated(xbc, window, cu_seqlens)
-        u, b, c = xbc.split(self._xbc, -1)
+        (u, b, c), window, (z0, x0, z, dt) = convolved_projection(
+            self.in_proj, self.conv1d, x, self._split, self._xbc, at=3, state=window,
+            cu_seqlens=cu_seqlens,
+        )  # fmt: skip
         u = u.unflatten(-1, (self.n_heads, self.d_head))
         b, c = (t.unflatten(-1, (self.n_groups, self.d_state)) for t in (b, c))
         dt = F.softplus(dt.to(self.dt_bias.dtype) + self.dt_bias)
         if self.dt_limit is not None:
             dt = dt.clamp(*self.dt_limit)
-        o, s = decay(
+        per_head = self.D.numel() == self.n_heads
+        y, s = decay(
             c,
             b,
-            (u * dt.unsqueeze(-1)).to(u.dtype),  # dt is float32
+            u,
             dt * -self.A_log.exp(),
+            scale=dt,
+            skip=self.D if per_head else None,
             state=None if state is None else state.tensor("s"),
             cu_seqlens=cu_seqlens,
         )
-        y = torch.addcmul(o, u, self.D.view(self.n_heads, -1).to(u.dtype)).flatten(-2)
-        return self._project(y, z, x0, z0, x), State(conv=window, s=s)
+        if not per_head:
+            y = torch.addcmul(y, u, self.D.view(self.n_heads, -1).to(u.dtype))
+        return self._project(y.flatten(-2), z, x0, z0, x), State(conv=window, s=s)
 
     def _step(self, xbc: Tensor, dt: Tensor, state: State) -> tuple[Tensor, State]:
         """One token. xbc [B, channels]; dt [B, H]; y [B, 1, d_ssm]."""

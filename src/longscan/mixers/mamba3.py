@@ -66,6 +66,7 @@ class Mamba3(Mixer):
     Reference: state-spaces/mamba, Apache-2.0.
     """
 
+    reads_by_product = True
     keep_float32 = ("dt_bias", "D", "B_bias", "C_bias")
     no_weight_decay = ("dt_bias", "D")
 

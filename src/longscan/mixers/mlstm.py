@@ -59,6 +59,7 @@ class MLSTM(Mixer):
     Reference: NX-AI/xlstm, Apache-2.0.
     """
 
+    reads_by_product = True
     keep_float32 = ("gate_bias",)
 
     def __init__(

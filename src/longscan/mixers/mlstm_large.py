@@ -35,6 +35,7 @@ class MLSTMLarge(Mixer):
     Reference: NX-AI/xlstm (xlstm_large) and transformers, Apache-2.0.
     """
 
+    reads_by_product = True
     keep_float32 = ("gate_bias",)
 
     def __init__(

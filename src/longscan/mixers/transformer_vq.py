@@ -52,6 +52,7 @@ class TransformerVQ(Mixer):
     Reference: transformer-vq/transformer_vq, MIT.
     """
 
+    reads_by_product = True
     keep_float32 = ("sinusoid",)
     no_weight_decay = ("bias_u", "bias_v")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,12 @@ from longscan.mixers._parts import RMSNorm
 from longscan.mixers.base import Mixer
 from longscan.models.config import StackConfig
 from longscan.ops._check import cast, compute_dtype
+from longscan.ops.glu import glu
+from longscan.ops.norm import add_rms_norm, rms_norm
 from longscan.state import State
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu}
+Stream = Tensor | tuple[Tensor, Tensor | None]
+"""The residual stream between blocks: x, or a pair for the sum of both."""
 
 
 class LayerNorm(nn.Module):
@@ -53,6 +56,33 @@ def build_norm(config: StackConfig) -> RMSNorm | LayerNorm:
     return LayerNorm(config.d_model, config.norm_eps, config.norm_bias)
 
 
+def enter(
+    norm: RMSNorm | LayerNorm | None, x: Tensor, branch: Tensor | None, *, narrow: bool = False
+) -> tuple[Tensor, Tensor]:
+    """What a part of a model reads, norm(x + branch), and the stream x + branch.
+
+    norm: None for parts with a norm of their own; branch: None for nothing to add.
+    narrow: the part's products read what comes out and nothing else: under autocast on a GPU an
+    RMSNorm hands it over in autocast's dtype, in which the products would read it anyway.
+    """
+    if norm is None or not _plain(norm):
+        x = x if branch is None else x + branch
+        return (x if norm is None else norm(x)), x
+    dtype = norm.weight.dtype
+    if narrow and x.is_cuda and dtype is torch.float32 and torch.is_autocast_enabled("cuda"):
+        dtype = torch.get_autocast_dtype("cuda")
+    if branch is None:
+        return rms_norm(x, norm.weight, norm.eps, dtype=dtype), x
+    return add_rms_norm(x, branch, norm.weight, norm.eps, dtype=dtype)
+
+
+def _plain(norm: nn.Module) -> TypeGuard[RMSNorm]:
+    """Whether a module is an RMSNorm and nothing else: not so sharded ones and those with hooks."""
+    hooks = norm._forward_hooks or norm._forward_pre_hooks
+    more = norm._backward_hooks or norm._backward_pre_hooks
+    return type(norm) is RMSNorm and not (hooks or more)
+
+
 class GatedMLP(nn.Module):
     """A gated MLP: down(activation(gate(x)) * up(x)), no biases.
 
@@ -63,7 +93,7 @@ class GatedMLP(nn.Module):
 
     def __init__(self, d_model: int, d_ff: int, activation: str = "silu") -> None:
         super().__init__()
-        self.activate = ACTIVATIONS[activation]
+        self.activation = activation
         self.gate_up = nn.Linear(d_model, 2 * d_ff, bias=False)
         self.down = nn.Linear(d_ff, d_model, bias=False)
 
@@ -73,8 +103,7 @@ class GatedMLP(nn.Module):
             nn.init.kaiming_uniform_(linear.weight, a=math.sqrt(5))
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, -1)
-        return self.down(self.activate(gate) * up)
+        return self.down(glu(self.gate_up(x), self.activation))
 
 
 def build_mixer(
@@ -110,8 +139,12 @@ class Block(nn.Module):
 
     Shapes: x [B, T, d_model]; state: the mixer's. `first` is None, or for mixers with
     `shares_value` what the first of them in the model made of these tokens (see Mixer).
+    x may be a pair (x, branch) that stands for x + branch, branch None for nothing; then such a
+    pair is returned. Each sum is then made with the norm that follows it, in one kernel.
     Precision: x is the residual stream and stays float32 (float64 in a float64 model) when
-    weights or autocast are narrower.
+    weights or autocast are narrower. Under autocast on a GPU the MLP, and a mixer that
+    `reads_by_product`, get it in autocast's dtype; others, which mix tokens before any product
+    as RWKV's shift does, in the norm's own.
     Source: the blocks of Mamba (arXiv 2312.00752, figure 3) and of pre-norm Transformers.
     """
 
@@ -144,22 +177,25 @@ class Block(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
+        x: Stream,
         state: State | None = None,
         *,
         cu_seqlens: Tensor | None = None,
         first: Any = None,
-    ) -> tuple[Tensor, State, Any]:
-        u = x if self.norm is None else self.norm(x)
+    ) -> tuple[Stream, State, Any]:
+        pair = isinstance(x, tuple)
+        x, branch = x if pair else (x, None)
+        u, x = enter(self.norm, x, branch, narrow=self.mixer.reads_by_product)
         if self.mixer.shares_value:
             mix: Any = self.mixer.mix
             y, carried, first = mix(u, state, cu_seqlens=cu_seqlens, first=first)
         else:
             y, carried = self.mixer(u, state, cu_seqlens=cu_seqlens)
-        x = x + self.dropout(y)
-        if self.mlp is not None and self.mlp_norm is not None:
-            x = x + self.dropout(self.mlp(self.mlp_norm(x)))
-        return x, carried, first
+        branch = self.dropout(y)
+        if self.mlp is not None:
+            u, x = enter(self.mlp_norm, x, branch, narrow=True)
+            branch = self.dropout(self.mlp(u))
+        return ((x, branch) if pair else x + branch), carried, first
 
 
 def last_linears(mixer: Mixer) -> list[nn.Linear]:
@@ -172,12 +208,12 @@ def last_linears(mixer: Mixer) -> list[nn.Linear]:
 
 
 __all__ = [
-    "ACTIVATIONS",
     "Block",
     "GatedMLP",
     "LayerNorm",
     "RMSNorm",
     "build_mixer",
     "build_norm",
+    "enter",
     "last_linears",
 ]

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from longscan.mixers.base import Mixer
-from longscan.models.block import Block, build_mixer, build_norm
+from longscan.models.block import Block, Stream, build_mixer, build_norm, enter
 from longscan.models.checkpoint import load_weights, read_config, read_weights, save_checkpoint
 from longscan.models.config import StackConfig
+from longscan.ops.norm import adds
 from longscan.state import State
 
 
@@ -110,15 +111,25 @@ class Stack(nn.Module):
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         again = self.config.checkpoint_blocks and self.training and torch.is_grad_enabled()
         carried, first = {}, None
-        for i, block in enumerate(self.blocks):
+        # Sums are left to the norm behind them, where a kernel makes both and nobody looks.
+        stream: Stream = (x, None) if not again and adds(x) and not self._watched() else x
+        for i, block in enumerate(self._blocks):
             s = None if state is None else state.child(str(i))
             more = {"cu_seqlens": cu_seqlens, "first": first}
             if again:
-                x, s, first = checkpoint(block, x, s, **more, use_reentrant=False)  # type: ignore[misc]
+                stream, s, first = checkpoint(block, stream, s, **more, use_reentrant=False)  # type: ignore[misc]
             else:
-                x, s, first = block(x, s, **more)
+                stream, s, first = block(stream, s, **more)
             carried[str(i)] = s
-        return self.norm(x), State(carried)
+        x, branch = stream if isinstance(stream, tuple) else (stream, None)
+        return enter(self.norm, x, branch)[0], State(carried)
+
+    def _watched(self) -> bool:
+        """Whether hooks look at what enters or leaves a block: they shall see the whole stream."""
+        return any(
+            b._forward_hooks or b._forward_pre_hooks or b._backward_hooks or b._backward_pre_hooks
+            for b in self._blocks
+        )
 
     def forward(
         self, x: Tensor, state: State | None = None, *, cu_seqlens: Tensor | None = None

@@ -94,10 +94,15 @@ def decay_fused(
     v: Tensor,
     log_a: Tensor | None = None,
     *,
+    scale: Tensor | None = None,
+    skip: Tensor | None = None,
     state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`decay_chunked` where `decay_fits`; o in v's dtype, states float32."""
+    """`decay` where `decay_fits`; o in v's dtype, states float32.
+
+    scale and skip: only beside log_a.
+    """
     out = v.dtype
     if not q.dtype == k.dtype == out:
         dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), out)
@@ -106,7 +111,7 @@ def decay_fused(
         state = state.float()
     # How many segments there are is not known before lengths are: a compiler cannot keep them.
     keep = not torch.compiler.is_compiling() and torch.is_grad_enabled()
-    o, final, _, _ = _decay(q, k, v, log_a, state, cu_seqlens, keep)
+    o, final, _, _ = _decay(q, k, v, log_a, scale, skip, state, cu_seqlens, keep)
     return o.to(out), final
 
 
@@ -115,27 +120,29 @@ def _forward(
     k: Tensor,
     v: Tensor,
     log_a: Tensor | None,
+    scale: Tensor | None,
+    skip: Tensor | None,
     state: Tensor | None,
     cu_seqlens: Tensor | None,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """o, the states at the ends; sums of gates and, if `keep`, segments' states for later."""
-    call = _Call(q, k, v, log_a, cu_seqlens)
-    o, final, sums = torch.empty_like(call.v), call.states(call.rows), call.nothing()
-    if log_a is not None:
-        sums = call.sums(call.launches.forward.chunk)
-    enters, kept = _contiguous(state), call.nothing()
+    call = _Call(q, k, v, log_a, scale, skip, cu_seqlens)
+    o, final, enters = torch.empty_like(call.v), call.states(call.rows), _contiguous(state)
+    sums = call.nothing() if log_a is None else call.sums(call.launches.forward.chunk)
     if call.split:
         enters = call.entering(call.k, call.v, enters, reverse=False)
-        kept = enters if keep else kept
+    kept = enters if call.split and keep else call.nothing()
+    assert kept is not None
     call.scan(call.q, call.k, call.v, enters, out=o, ends=final)
     return o, final, sums, kept
 
 
-def _fake(q, k, v, log_a, state, cu_seqlens, keep):
+def _fake(q, k, v, log_a, scale, skip, state, cu_seqlens, keep):
     rows = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     final = v.new_empty((rows, v.shape[2], k.shape[3], v.shape[3]), dtype=torch.float32)
-    sums = v.shape[0] * v.shape[1] * v.shape[2] * 2 + PADDING if log_a is not None else 0
+    planes = 2 if scale is None else 3
+    sums = v.shape[0] * v.shape[1] * v.shape[2] * planes + PADDING if log_a is not None else 0
     return v.new_empty(v.shape), final, final.new_empty(sums), final.new_empty(0)
 
 
@@ -144,15 +151,17 @@ def _backward(
     k: Tensor,
     v: Tensor,
     log_a: Tensor | None,
+    scale: Tensor | None,
+    skip: Tensor | None,
     state: Tensor | None,
     cu_seqlens: Tensor | None,
     sums: Tensor,
     kept: Tensor,
     do: Tensor | None,
     dfinal: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of q, k, v, log_a and state; empty ones for what is not there."""
-    call = _Call(q, k, v, log_a, cu_seqlens, sums)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of q, k, v, log_a, scale, skip and state; empty ones for what is not there."""
+    call = _Call(q, k, v, log_a, scale, skip, cu_seqlens, sums)
     do = torch.zeros_like(call.v) if do is None else do.to(v.dtype).contiguous()
     dfinal = None if dfinal is None else dfinal.float().contiguous()
     dv = torch.empty_like(call.v)
@@ -171,26 +180,26 @@ def _backward(
             call.k, call.q, do, dfinal, out=dv, borders=right, ends=ends, reverse=True, slab=slab
         )
 
-    dq, dk, dg = call.gradients(do, left, right, fill)
-    return dq, dk, dv, dg, dstate
+    dq, dk, dg, dscale, dskip = call.gradients(do, left, right, fill)
+    return dq, dk, dv, dg, dscale, dskip, dstate
 
 
-def _fake_backward(q, k, v, log_a, state, cu_seqlens, sums, kept, do, dfinal):
-    dg = sums.new_empty(0) if log_a is None else log_a.new_empty(log_a.shape)
-    dstate = sums.new_empty(0 if state is None else state.shape)
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dg, dstate
+def _fake_backward(q, k, v, log_a, scale, skip, state, cu_seqlens, sums, kept, do, dfinal):
+    def like(x):
+        return sums.new_empty(0) if x is None else x.new_empty(x.shape)
+
+    return tuple(map(like, (q, k, v, log_a, scale, skip, state)))
 
 
 def _keep(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs[:6], *output[2:])
+    ctx.save_for_backward(*inputs[:8], *output[2:])
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx, run, do, dfinal, *_):
-    _, _, _, log_a, state, *_ = saved = ctx.saved_tensors
-    dq, dk, dv, dg, dstate = run(*saved, do, dfinal)
-    dg = None if log_a is None else dg
-    return dq, dk, dv, dg, None if state is None else dstate, None, None
+    saved = ctx.saved_tensors
+    found = run(*saved, do, dfinal)
+    return *(None if x is None else g for x, g in zip(saved[:7], found, strict=True)), None, None
 
 
 _decay = kernel_op("decay", _forward, _fake, _keep, _backward, _fake_backward, _differentiate)
@@ -210,6 +219,13 @@ def slots(device: torch.device) -> int:
 
 def _padded(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
+
+
+def _wide(launch: Launch, d_value: int) -> Launch:
+    """`far`'s launch: of states with wide values, registers and shared memory hold few."""
+    if d_value <= 64:
+        return launch
+    return launch._replace(warps=8, stages=min(launch.stages, 2 if d_value <= 128 else 1))
 
 
 class _Slab(NamedTuple):
@@ -315,11 +331,14 @@ class _Call:
         k: Tensor,
         v: Tensor,
         log_a: Tensor | None,
+        scale: Tensor | None,
+        skip: Tensor | None,
         cu_seqlens: Tensor | None,
         sums: Tensor | None = None,
     ):
         self.q, self.k, self.v = q.contiguous(), k.contiguous(), v.contiguous()
         self.log_a, self.cu_seqlens = _contiguous(log_a), cu_seqlens
+        self.scale, self.skip = _contiguous(scale), _contiguous(skip)
         batch, length, self.heads, self.d_value = v.shape
         self.groups, self.d_key = k.shape[2:]
         self.shape, self.tokens, self.device = (batch, length), batch * length, v.device
@@ -351,16 +370,18 @@ class _Call:
         return torch.empty(size, dtype=self.border, device=self.device)
 
     def sums(self, chunk: int) -> Tensor:
-        """The gates summed inside chunks."""
+        """The gates summed inside chunks, and the factors of tokens."""
         if self.log_a is None:  # nobody looks
             return self.v
         if chunk not in self.summed:
-            size, block = 2 * self.tokens * self.heads + PADDING, 16
+            scale, block = self.scale, 16
+            size = (2 if scale is None else 3) * self.tokens * self.heads + PADDING
             sums = torch.empty(size, dtype=torch.float32, device=self.device)
             cut, _ = pieces(*self.shape, chunk, self.cu_seqlens, self.device)
             self.kernels.gates[(len(cut) * -(-self.heads // block),)](
-                self.log_a, sums, cut, self.heads, self.tokens, C=chunk, BLOCK=block, num_warps=4
-            )
+                self.log_a, self.log_a if scale is None else scale, sums, cut, self.heads,
+                self.tokens, SCALED=scale is not None, C=chunk, BLOCK=block, num_warps=4,
+            )  # fmt: skip
             self.summed[chunk] = sums
         return self.summed[chunk]
 
@@ -415,10 +436,12 @@ class _Call:
                 enters = enters[slab.start : slab.stop]
         grid = len(segments) * heads * -(-self.d_value // tile)
         self.kernels.scan[(grid,)](
-            there(a), b, c, self.sums(chunk), there(enters), there(out), there(ends), there(decay),
-            there(borders), segments, first_piece, plan.begins, plan.span, heads, self.tokens,
+            there(a), b, c, self.sums(chunk), there(self.skip), there(enters), there(out),
+            there(ends), there(decay), there(borders), segments, first_piece, plan.begins,
+            plan.span, heads, self.tokens,
             R=heads // self.groups, DA=self.d_key, DC=self.d_value, BA=_padded(self.d_key),
             BC=tile, C=chunk, EVERY=every, REVERSE=reverse, GATED=self.log_a is not None,
+            SCALED=self.scale is not None, SKIPPED=self.skip is not None and a is not None,
             STARTED=enters is not None, READ=a is not None, ENDS=ends is not None,
             ALONE=decay is not None, WIDE=self.wide, PRECISION=self.precision,
             num_warps=launch.warps, num_stages=launch.stages,
@@ -426,17 +449,21 @@ class _Call:
 
     def gradients(
         self, do: Tensor, left: Tensor, right: Tensor, fill: Callable[[_Slab], None]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Of q, k and log_a; `fill` makes the states at the borders of a slab, left and right."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Of q, k, log_a, scale and skip; empty ones for what is not there.
+
+        `fill` makes the states at the borders of a slab, left and right.
+        """
         launches, heads, slabs = self.launches, self.heads, self.plan.slabs
         group, gated = heads // self.groups, self.log_a is not None
-        made = [(True, True, launches.gradients)]
-        if group > 1 and launches.near is not None:
-            made = [(True, False, launches.near), (False, True, launches.far)]
-        tiles = [-(-self.d_key // launch.tile) for _, _, launch in made]
+        made = [launches.gradients]
+        if group > 1 and launches.near is not None and launches.far is not None:
+            made = [launches.near, _wide(launches.far, self.d_value)]
+        tiles = [-(-self.d_key // launch.tile) for launch in made]
         programs = [len(slabs[0].pieces) * self.groups * count * 2 for count in tiles]
         parts = [self.parts(n) for n in programs]
-        near, far = 2 * tiles[0], tiles[-1]
+        far, scaled, skipped = tiles[-1], self.scale is not None, self.skip is not None
+        near = (3 if scaled else 2) * tiles[0] + skipped
         dq, dk, terms, inner = torch.empty_like(self.q), torch.empty_like(self.k), left, left
         # Sums of each launch [parts, N, H / R, K]; the last adds those before, if it has but one.
         sums = [(dq, dk)]
@@ -448,9 +475,15 @@ class _Call:
             sums = [(all_dq, all_dk)]
             if len(made) > 1:
                 sums.append((dq, dk) if direct else (all_dq[parts[0] :], all_dk[parts[0] :]))
-        dg, block = self.nothing(), 16
+        # No two are the same tensor, for a compiler's sake.
+        dg, dscale = (
+            self.nothing() if x is None else torch.empty_like(x) for x in (self.log_a, self.scale)
+        )
+        dskip, block, done = self.nothing(), 16, 0
+        if skipped:  # of each piece
+            size = (sum(len(slab.pieces) for slab in slabs), heads)
+            dskip = torch.empty(size, dtype=torch.float32, device=self.device)
         if self.log_a is not None:
-            dg = torch.empty_like(self.log_a)
             size = (near + 2 * far, heads, self.tokens)
             terms = torch.empty(size, dtype=torch.float32, device=self.device)
             size = (far, len(left), heads)
@@ -458,29 +491,40 @@ class _Call:
         for slab in slabs:
             fill(slab)
             cut = slab.pieces
-            for (is_near, is_far, launch), count, n, into in zip(
-                made, tiles, parts, sums, strict=True
-            ):
-                lead = 0 if is_near or not gated else near
-                self.kernels.gradients[(len(cut) * self.groups * count * 2 * n,)](
-                    self.q, self.k, self.v, do, self.sums(launch.chunk), left, right,
-                    *into, *sums[0], terms[lead:] if lead else terms, inner, cut, heads,
+            each = zip(made, tiles, parts, sums, strict=True)
+            for i, (launch, count, n, into) in enumerate(each):
+                inputs = self.q, self.k, self.v, do, self.sums(launch.chunk), left, right, *into
+                grid, more, options = len(cut) * self.groups * count * n, (), {}
+                if i:
+                    kernel, more = self.kernels.far, sums[0]
+                    options = {"FROM": parts[0] if into[0] is dq else 0}
+                else:
+                    kernel, grid = self.kernels.gradients, 2 * grid
+                    options = {
+                        "FAR": len(made) == 1, "SKIPPED": skipped, "WIDE": self.wide,
+                        "PRECISION": self.precision,
+                    }  # fmt: skip
+                kernel[(grid,)](
+                    *inputs, *more, terms[near:] if i and gated else terms, inner, cut, heads,
                     self.tokens,
-                    R=group, PARTS=n, NEAR=is_near, FAR=is_far,
-                    FROM=parts[0] if into[0] is dq and not is_near else 0, K=self.d_key,
-                    V=self.d_value,
+                    R=group, PARTS=n, K=self.d_key, V=self.d_value,
                     BK=min(launch.tile, _padded(self.d_key)), BV=_padded(self.d_value),
-                    L=launch.chunk, GATED=gated, WIDE=self.wide, PRECISION=self.precision,
+                    L=launch.chunk, GATED=gated, SCALED=scaled, **options,
                     num_warps=launch.warps, num_stages=launch.stages,
                 )  # fmt: skip
             if gated:
                 self.kernels.flows[(len(cut) * -(-heads // block),)](
-                    terms, inner, dg, cut, heads, self.tokens, NEAR=tiles[0], TILES=far,
+                    terms, inner, self.sums(launches.gradients.chunk), dg, dscale,
+                    dskip[done:] if done else dskip, cut, heads, self.tokens,
+                    NEAR=tiles[0], TILES=far, SCALED=scaled, SKIPPED=skipped,
                     L=launches.gradients.chunk, BLOCK=block, num_warps=4,
                 )  # fmt: skip
+            done += len(cut)
         if sums[-1][0] is not dq:
             dq, dk = all_dq.sum(0).to(self.q.dtype), all_dk.sum(0).to(self.k.dtype)
-        return dq, dk, dg
+        if self.skip is not None:
+            dskip = dskip.sum(0).to(self.skip.dtype)
+        return dq, dk, dg, dscale, dskip
 
     def parts(self, programs: int) -> int:
         """How many sums make a group's, where there are few programs of many heads each."""

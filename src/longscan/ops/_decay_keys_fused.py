@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import reduce
+from functools import lru_cache
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from longscan.ops._kernel_op import kernel_op
+from longscan.ops._layout import remembered
 from longscan.ops._packed import pieces, starts
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+DTYPES = frozenset((torch.bfloat16, torch.float16, torch.float32))
 WIDEST = 256
 BORDER = 128
 """Tokens between the states that the backward stores. The gradient of the gates starts anew there,
@@ -55,7 +56,7 @@ def decay_keys_fits(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor | None) -> bo
     return (
         log_a is not None
         and log_a.ndim == 4
-        and all(x.dtype in DTYPES for x in (q, k, v, log_a))
+        and {q.dtype, k.dtype, v.dtype, log_a.dtype} <= DTYPES
         and v.numel() > 0
         and 1 <= k.shape[3] <= WIDEST
         and v.shape[3] <= WIDEST
@@ -81,20 +82,81 @@ def _launch(operand: torch.dtype, rows: int, columns: int, which: int) -> Launch
     return found[which]._replace(tile=min(found[which].tile, _padded(columns)))
 
 
-def _numbers(v: Tensor, log_a: Tensor, operand: torch.dtype) -> dict:
-    """How the kernels multiply: operands, precision, how many bfloat16 a gate is taken apart into.
+class _Plan:
+    """Constants and options of all launches for heads of one shape.
 
-    Of float32 gates beside bfloat16 operands, 17 bits are kept: an error of 3e-4 in the smallest
+    How the kernels multiply: operands, precision, how many bfloat16 a gate is taken apart into. Of
+    float32 gates beside bfloat16 operands, 17 bits are kept: an error of 3e-4 in the smallest
     weight of a near chunk, 2^-64.
     """
-    tl = import_module("triton.language")
-    narrow = operand is torch.bfloat16
-    parts = 1 if log_a.dtype is torch.bfloat16 else 3 - (narrow or log_a.dtype is torch.float16)
-    return {
-        "OPERAND": tl.bfloat16 if narrow else tl.float32,
-        "PRECISION": "tf32x3" if v.dtype is torch.float32 else "tf32",
-        "PARTS": parts,
-    }
+
+    def __init__(
+        self,
+        heads: int,
+        key_heads: int,
+        d_key: int,
+        d_value: int,
+        narrow: torch.dtype,
+        values: torch.dtype,
+        gates: torch.dtype,
+    ) -> None:
+        self.kernels: Any = import_module("longscan.kernels.decay_keys")
+        tl, half = self.kernels.tl, narrow is torch.bfloat16
+        wide_key, wide = _padded(d_key), _padded(d_value)
+        sizes = {"H": heads, "K": d_key, "V": d_value}
+        numbers = {
+            **sizes, "HK": key_heads, "C": CHUNK, "OPERAND": tl.bfloat16 if half else tl.float32,
+            "PRECISION": "tf32x3" if values is torch.float32 else "tf32",
+            "PARTS": 1 if gates is torch.bfloat16 else 3 - (half or gates is torch.float16),
+        }  # fmt: skip
+        self.survey = {"H": heads, "K": d_key, "KP": wide_key, "C": CHUNK, "num_warps": 4}
+        self.halves = {
+            **numbers, "KP": wide_key, "VP": wide, "LEVELS": CHUNK.bit_length() - 1,
+            "GROUP": GROUP, "num_warps": 8,
+        }  # fmt: skip
+        launch = _launch(narrow, d_key, d_value, 0)
+        self.columns = -(-d_value // launch.tile)
+        self.contract = {
+            **numbers, "KP": wide_key, "BV": launch.tile, "TILES": self.columns,
+            "num_warps": launch.warps, "num_stages": launch.stages,
+        }  # fmt: skip
+        block = max(1, 1024 // wide)
+        self.blocks = -(-d_key // block)
+        self.combine = {**sizes, "VP": wide, "BK": block, "TILES": self.blocks, "num_warps": 4}
+        self.expand = []
+        for reverse in (False, True):
+            launch = _launch(narrow, d_value, d_key, 1 + reverse)
+            self.expand.append({
+                **numbers, "VP": wide, "BK": launch.tile, "TILES": -(-d_key // launch.tile),
+                "EVERY": BORDER // CHUNK, "REVERSE": reverse, "PRODUCTS": 2 if half else 3,
+                "num_warps": launch.warps, "num_stages": launch.stages,
+            })  # fmt: skip
+
+
+_plan = lru_cache(maxsize=64)(_Plan)
+
+
+class _Places(NamedTuple):
+    """Pieces, chunks and the stretches between borders as `_packed.pieces` has them, and where
+    sequences begin."""
+
+    table: Tensor
+    first: Tensor
+    chunk_table: Tensor
+    lead: Tensor
+    borders: Tensor
+    border: Tensor
+    begins: Tensor
+
+
+def _place(
+    batch: int, length: int, size: int, device: torch.device, cu_seqlens: Tensor | None = None
+) -> _Places:
+    cuts = [pieces(batch, length, n, cu_seqlens, device) for n in (size, CHUNK, BORDER)]
+    return _Places(*cuts[0], *cuts[1], *cuts[2], starts(batch, length, cu_seqlens, device))
+
+
+_place_equal = lru_cache(maxsize=64)(_place)
 
 
 class _Call:
@@ -108,46 +170,40 @@ class _Call:
     def __init__(
         self, q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, cu_seqlens: Tensor | None
     ) -> None:
-        self.q, self.k, self.v, self.log_a, self.cu_seqlens = q, k, v, log_a, cu_seqlens
-        self.where = batch, length = v.shape[:2]
-        self.heads, self.d_key, self.d_value = v.shape[2], k.shape[3], v.shape[3]
-        self.piece, self.chunks, self.pieces = _counts(v, cu_seqlens)
-        self.table, self.first = self.cut(self.piece)
-        self.begins = starts(batch, length, cu_seqlens, v.device)
-        self.rows = self.first.shape[0] - 1
-        self.split = self.table.shape[0] > self.rows
-        self.chunk_table, self.lead = self.cut(CHUNK)
-        self.kernels: Any = import_module("longscan.kernels.decay_keys")
-        self.narrow = _operand(v, self.d_key)
-        self.numbers = {
-            "H": self.heads, "HK": k.shape[2], "K": self.d_key, "V": self.d_value, "C": CHUNK,
-            **_numbers(v, log_a, self.narrow),
-        }  # fmt: skip
-        self.near = self.empty(batch * length, self.heads, CHUNK, dtype=self.narrow)
-
-    def cut(self, size: int) -> tuple[Tensor, Tensor]:
-        batch, length = self.where
-        return pieces(batch, length, size, self.cu_seqlens, self.v.device)
+        self.q, self.k, self.v, self.log_a, self.device = q, k, v, log_a, v.device
+        batch, length, self.heads, self.d_value = v.shape
+        _, _, key_heads, self.d_key = k.shape
+        size, self.chunks, self.pieces = _counts(v, cu_seqlens)
+        given = batch, length, size, v.device
+        if cu_seqlens is None:
+            at = _place_equal(*given)
+        else:  # its values may change
+            name = f"decay_keys {given[:3]}"
+            at = remembered(cu_seqlens, name, lambda: _place(*given, cu_seqlens))
+        self.at, self.count, self.rows = at, at.table.shape[0], at.first.shape[0] - 1
+        self.split, self.many = self.count > self.rows, at.chunk_table.shape[0] * self.heads
+        narrow = self.narrow = _operand(v, self.d_key)
+        self.plan = _plan(
+            self.heads, key_heads, self.d_key, self.d_value, narrow, v.dtype, log_a.dtype
+        )
+        self.kernels = self.plan.kernels
+        self.near = self.empty(batch * length, self.heads, CHUNK, dtype=narrow)
 
     def empty(self, *size: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(size, dtype=dtype, device=self.v.device)
+        return torch.empty(size, dtype=dtype, device=self.device)
 
     def survey(self) -> None:
         self.kept = self.empty(self.chunks, self.heads, self.d_key)
         self.far = self.empty(self.chunks, self.heads, dtype=torch.int32)
-        self.kernels.survey[(self.chunk_table.shape[0] * self.heads,)](
-            self.log_a, self.kept, self.far, self.chunk_table,
-            H=self.heads, K=self.d_key, KP=_padded(self.d_key), C=CHUNK, num_warps=4,
-        )  # fmt: skip
+        self.kernels.survey[(self.many,)](
+            self.log_a, self.kept, self.far, self.at.chunk_table, **self.plan.survey
+        )
 
     def halves(self, do: Tensor, near_q: Tensor, near_k: Tensor, gradients: bool) -> None:
         """Writes near and, for a backward, the parts of dq and dk from inside far chunks."""
-        many = self.chunk_table.shape[0] * self.heads
-        self.kernels.halves[(-(-many // GROUP),)](
+        self.kernels.halves[(-(-self.many // GROUP),)](
             self.q, self.k, self.v, do, self.log_a, self.far, self.near, near_q, near_k,
-            self.chunk_table, many, **self.numbers, KP=_padded(self.d_key),
-            VP=_padded(self.d_value), LEVELS=CHUNK.bit_length() - 1, GROUP=GROUP,
-            GRADIENTS=gradients, num_warps=8,
+            self.at.chunk_table, self.many, GRADIENTS=gradients, **self.plan.halves,
         )  # fmt: skip
 
     def contract(
@@ -163,19 +219,16 @@ class _Call:
 
         With `states`, each piece's map instead: what it leaves of a state, and adds to it there.
         """
-        launch = _launch(self.narrow, self.d_key, self.d_value, 0)
-        tiles = -(-self.d_value // launch.tile)
-        many, read = self.table.shape[0], states is None
+        at, many, read = self.at, self.count, states is None
         if states is None:
             out, leave = torch.empty_like(v), self.states(self.rows)
         else:
             out, leave = self.empty(many, self.heads, self.d_key), states
-        self.kernels.contract[(many * self.heads * tiles,)](
+        self.kernels.contract[(many * self.heads * self.plan.columns,)](
             x, y, v, self.log_a, self.kept, self.far, self.near, leave if enter is None else enter,
             out if read else v, leave, leave if read else out,
-            self.table, self.first, self.begins, self.lead, int(enter is not None),
-            int(self.split), **self.numbers, KP=_padded(self.d_key), BV=launch.tile, TILES=tiles,
-            REVERSE=reverse, READ=read, num_warps=launch.warps, num_stages=launch.stages,
+            at.table, at.first, at.begins, at.lead, int(enter is not None), int(self.split),
+            REVERSE=reverse, READ=read, **self.plan.contract,
         )  # fmt: skip
         return out, leave
 
@@ -187,13 +240,9 @@ class _Call:
     ) -> None:
         """The states that enter the pieces of sequences that are cut, into `states`."""
         left, _ = self.contract(y, y, v, None, reverse, states)
-        wide = _padded(self.d_value)
-        block = max(1, 1024 // wide)
-        tiles = -(-self.d_key // block)
-        self.kernels.combine[(self.rows * self.heads * tiles,)](
-            states, left, states if start is None else start, self.first, int(start is not None),
-            H=self.heads, K=self.d_key, V=self.d_value, VP=wide, BK=block, TILES=tiles,
-            REVERSE=reverse, num_warps=4,
+        self.kernels.combine[(self.rows * self.heads * self.plan.blocks,)](
+            states, left, states if start is None else start, self.at.first,
+            int(start is not None), REVERSE=reverse, **self.plan.combine,
         )  # fmt: skip
 
     def expand(
@@ -204,29 +253,23 @@ class _Call:
         own: Tensor,
         enter: Tensor | None,
         near: Tensor,
-        scratch: tuple[Tensor, Tensor, Tensor],
+        scratch: tuple[Tensor, Tensor],
         dlog_a: Tensor | None = None,
     ) -> Tensor:
         """-> dq, or reversed and with the gradient by log_a where that is given, dk.
 
-        near: the part from inside far chunks. scratch: products, borders, the first border of each
-        sequence.
+        near: the part from inside far chunks. scratch: products, borders.
         """
-        reverse = dlog_a is not None
-        launch = _launch(self.narrow, self.d_value, self.d_key, 1 + reverse)
-        tiles = -(-self.d_key // launch.tile)
+        at, constants = self.at, self.plan.expand[dlog_a is not None]
         # Heads that share a key are summed in float32.
         dtype = y.dtype if y.shape[2] == self.heads else torch.float32
         out = torch.empty_like(self.log_a, dtype=dtype)
-        products, borders, lead = scratch
-        self.kernels.expand[(self.table.shape[0] * self.heads * tiles,)](
+        products, borders = scratch
+        self.kernels.expand[(self.count * self.heads * constants["TILES"],)](
             x, y, v, own, self.log_a, self.kept, self.far, near,
             self.kept if enter is None else enter, out, products, borders,
-            products if dlog_a is None else dlog_a, self.table, self.begins, self.lead, lead,
-            int(enter is not None), int(self.split), **self.numbers, VP=_padded(self.d_value),
-            BK=launch.tile, TILES=tiles, EVERY=BORDER // CHUNK, REVERSE=reverse,
-            PRODUCTS=2 if self.narrow is torch.bfloat16 else 3,
-            num_warps=launch.warps, num_stages=launch.stages,
+            products if dlog_a is None else dlog_a, at.table, at.begins, at.lead, at.border,
+            int(enter is not None), int(self.split), **constants,
         )  # fmt: skip
         return out
 
@@ -296,12 +339,14 @@ def _backward(
     q, k, v, log_a, state, do, dfinal = _contiguous(q, k, v, log_a, state, do, dfinal)
     call = _Call(q, k, v, log_a, cu_seqlens)
     call.kept, call.far = kept, far
-    near_q, near_k = (torch.empty_like(log_a, dtype=call.narrow) for _ in range(2))
+    near_q = torch.empty_like(log_a, dtype=call.narrow)
+    near_k = torch.empty_like(near_q)
     products = torch.empty_like(log_a, dtype=PRODUCTS)
     call.halves(do, near_q, near_k, True)
-    table, lead = call.cut(BORDER)
-    borders = call.empty(table.shape[0], call.heads, call.d_key, call.d_value, dtype=call.narrow)
-    scratch = products, borders, lead
+    borders = call.empty(
+        call.at.borders.shape[0], call.heads, call.d_key, call.d_value, dtype=call.narrow
+    )
+    scratch = products, borders
     dq = call.expand(do, k, v, q, pieces if call.split else state, near_q, scratch)
     enter = dfinal
     if call.split:
@@ -350,7 +395,11 @@ def decay_keys_fused(
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`decay_chunked` with a gate per key channel, where `decay_keys_fits`."""
-    wide = reduce(torch.promote_types, (q.dtype, k.dtype, v.dtype))
-    state = None if state is None else state.float()
-    o, final, *_ = _decay(q.to(wide), k.to(wide), v.to(wide), log_a, state, cu_seqlens)
-    return o.to(v.dtype), final
+    dtype, out = q.dtype, v.dtype
+    if k.dtype is not dtype or out is not dtype:
+        dtype = torch.promote_types(torch.promote_types(dtype, k.dtype), out)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    if state is not None:
+        state = state.float()
+    o, final = _decay(q, k, v, log_a, state, cu_seqlens)[:2]
+    return o if dtype is out else o.to(out), final

@@ -15,19 +15,24 @@ from longscan.ops._packed import pieces, starts
 
 
 class Launch(NamedTuple):
-    """Columns of v at once (`solve`: rows by substitution), warps, stages; columns of k at once."""
+    """Columns of v at once (`solve`: rows by substitution), warps, stages; columns of k at once.
+
+    registers: how many a thread may take, so that more programs share a multiprocessor.
+    """
 
     tile: int
     warps: int
     stages: int
     keys: int = 0
+    registers: int | None = None
 
 
 class Launches(NamedTuple):
     """Rows of a chunk, chunks (1 or 2) of a piece, precision of the merges in `solve`; launches.
 
     together: whether both scans of the backward are one launch. maps: the maps of segments, where a
-    scan of whole sequences has at most `few` programs; None: sequences are never cut.
+    scan of whole sequences has at most `few` programs; None: sequences are never cut. Its limit of
+    registers is for the forward: the maps of the backward lose by it.
 
     The backward keeps states between pieces, and takes the gradients of a piece at once.
     """
@@ -48,7 +53,7 @@ class Launches(NamedTuple):
 LAUNCHES = {
     (128, 256, True): Launches(
         32, 2, "tf32", Launch(16, 1, 1), Launch(64, 4, 3), Launch(64, 4, 3), Launch(32, 4, 3, 64),
-        maps=Launch(64, 4, 3),
+        maps=Launch(64, 4, 3, registers=168),
     ),
     (256, 256, True): Launches(
         32, 2, "tf32", Launch(16, 1, 1), Launch(32, 4, 2), Launch(32, 8, 2), Launch(32, 4, 3, 64)
@@ -256,7 +261,8 @@ def _scratch(v: Tensor) -> torch.dtype:
 
 
 def _options(launch: Launch) -> dict[str, int]:
-    return {"num_warps": launch.warps, "num_stages": launch.stages}
+    limit = {} if launch.registers is None else {"maxnreg": launch.registers}
+    return {"num_warps": launch.warps, "num_stages": launch.stages, **limit}
 
 
 def _columns(case: _Case, d_value: int, launch: Launch, scans: int = 1) -> tuple[int, int]:
@@ -286,7 +292,8 @@ def _scan(case: _Case, q, k, v, g, factors, state, o, final, launch: Launch) -> 
 
 def _maps(case: _Case, cut: _Cut, q, k, v, g, factors, state, do, sums, a, reverse: bool) -> None:
     """U and A of segments, or backward W; state is what enters the sequences, from that side."""
-    d_key, d_value, launch = k.shape[-1], v.shape[-1], cut.launch
+    d_key, d_value = k.shape[-1], v.shape[-1]
+    launch = cut.launch._replace(registers=None) if reverse else cut.launch
     tile, count = min(_padded(d_value), launch.tile), cut.codes.shape[0]
     tiles = -(-d_value // tile) + (0 if reverse else -(-d_key // tile))
     _kernels().maps[(count * case.heads * tiles,)](
@@ -322,22 +329,35 @@ def _passes(
         )  # fmt: skip
 
 
-def _last(case: _Case, q, k, beta, factors, do, e, zs, states, leaving, log_a, launch: Launch):
-    """The gradients kernel: dq, dk, dv, d_beta and the parts of d_log_a in float32."""
+def _last(
+    case: _Case, q, k, beta, factors, do, e, zs, states, leaving, log_a, launch: Launch
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradients: dq, dk, dv, d_beta, d_log_a (empty if there is no gate)."""
     d_key, d_value = k.shape[-1], do.shape[-1]
-    tile = min(_padded(d_key), launch.keys)
+    # For narrower keys too: wgmma takes no products of fewer than 64 rows, and those would read in
+    # registers what it reads as well (see the kernels' module).
+    tile = launch.keys
     tiles = -(-d_key // tile)
     dq, dk = torch.empty_like(q), torch.empty_like(k)
     dv = k.new_empty(*k.shape[:-2], *do.shape[-2:])
     d_beta = torch.empty_like(beta)
-    parts = 0 if log_a is None else 2 * tiles
-    d_log_a = factors.new_empty(parts, *do.shape[:-1])
-    every = case.launch.every
-    constants = {**case.common, "BK": tile, "C": case.launch.chunk * every}
-    _kernels().gradients[(case.table.shape[0] * k.shape[-2] * tiles * 2,)](
-        q, k, factors, do, e, zs, states, leaving, dq, dk, dv, d_beta, d_log_a, case.table,
-        case.rows, V=d_value, BV=min(_padded(d_value), launch.tile), EVERY=every,
+    count, every, rows = case.table.shape[0], case.launch.every, case.launch.chunk
+    rows *= every
+    gated = log_a is not None
+    step = count * case.heads * rows
+    parts = factors.new_empty(4 * tiles * step) if gated else factors
+    constants = {**case.common, "BK": tile, "C": rows}
+    _kernels().gradients[(count * k.shape[-2] * tiles * 2,)](
+        q, k, factors, do, e, zs, states, leaving, dq, dk, dv, d_beta, parts, case.table,
+        case.rows, step, V=d_value, BV=min(_padded(d_value), launch.tile), EVERY=every,
         **constants, **_options(launch),
+    )  # fmt: skip
+    if not gated:
+        return dq, dk, dv, d_beta, factors.new_empty(0, *do.shape[:-1])
+    d_log_a = torch.empty_like(log_a, memory_format=torch.contiguous_format)
+    _kernels().decays[(count * case.heads,)](
+        parts, d_log_a, case.table, step, H=case.heads, TILES=tiles, BK=tile, C=rows,
+        STEPS=case.common["STEPS"], num_warps=1,
     )  # fmt: skip
     return dq, dk, dv, d_beta, d_log_a
 
@@ -355,7 +375,7 @@ def _forward(
     state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> o, final states, G and the factors of rows (see the kernel); of segments, the states that
+    """-> o, final states, G and the factors of rows (see `solve`); of segments, the states that
     enter and the maps.
     """
     q, k, v, beta, log_a, state = _contiguous(q, k, v, beta, log_a, state)
@@ -428,14 +448,10 @@ def _backward(
         case, q, k, v, g, factors, state, do, d_final, e, states, zs, leaving, d_state,
         launch.passes, (2,) if launch.together else (0, 1),
     )  # fmt: skip
-    dq, dk, dv, d_beta, parts = _last(
-        case, q, k, beta, factors, do, e, zs, states, leaving, log_a, launch.gradients
-    )
-    if log_a is not None:
-        parts = parts.sum(0).to(log_a.dtype)
+    grads = _last(case, q, k, beta, factors, do, e, zs, states, leaving, log_a, launch.gradients)
     if cut is not None:
         d_state = d_state[cut.begins]
-    return dq, dk, dv, d_beta, parts, d_state.to(kind)
+    return *grads, d_state.to(kind)
 
 
 def _fake_backward(q, k, v, beta, log_a, state, cu_seqlens, g, factors, enter, a, do, d_final):

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from longscan.ops._memory_net import first_order_only
+from longscan.ops._rehearsal import Stage, here
 
 
 def kernel_op(
@@ -22,7 +26,8 @@ def kernel_op(
     """forward(*inputs) with gradients, as `longscan::name` where a compiler looks.
 
     In eager mode it is an autograd function: the machinery of torch's custom ops takes 0.2 ms a
-    call and 0.5 ms in a backward, as long as the kernels.
+    call and 0.5 ms in a backward, as long as the kernels. Its kernels compile together, see
+    `_rehearsal`.
 
     forward, backward: functions of tensors, None and numbers, typed as custom ops must be, that
     launch kernels; fake, fake_backward: empty results of the right shapes. keep(ctx, inputs,
@@ -38,10 +43,20 @@ def kernel_op(
     )
     op_backward.register_autograd(_no_second)
 
+    def dry(inputs: tuple, needs: tuple[bool, ...]) -> None:
+        output = forward(*inputs)
+        if any(needs):
+            keep(stage := Stage(needs), inputs, output)
+            differentiate(stage, backward, *stage.gradients(output))
+
     class Eager(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *inputs: Any) -> Any:
-            output = forward(*inputs)
+            here.call = partial(dry, inputs, ctx.needs_input_grad)
+            try:
+                output = forward(*inputs)
+            finally:
+                here.call = None
             keep(ctx, inputs, output)
             return output
 
@@ -50,10 +65,25 @@ def kernel_op(
             first_order_only()
             return differentiate(ctx, backward, *grads)
 
+    # Function.apply is made for transforms of functions too, which takes it some microseconds.
+    plain = super(torch.autograd.Function, Eager).apply  # type: ignore[misc]
+
     def call(*inputs: Any) -> Any:
-        return (op if torch.compiler.is_compiling() else Eager.apply)(*inputs)
+        if torch.compiler.is_compiling():
+            return op(*inputs)
+        return (Eager.apply if _transformed() else plain)(*inputs)
 
     return call
+
+
+_transformed = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+_anywhere = nullcontext()
+_current_device = getattr(torch._C, "_cuda_getDevice", lambda: -1)
+
+
+def device_of(x: Tensor) -> AbstractContextManager:
+    """As torch.cuda.device_of, and cheap where x is on the current device."""
+    return _anywhere if x.get_device() == _current_device() else torch.cuda.device_of(x)
 
 
 def _no_second(ctx: Any, *grads: Any) -> None:

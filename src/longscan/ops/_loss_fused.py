@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from longscan.ops._kernel_op import device_of
+
 
 class Launch(NamedTuple):
     """Logits of a token that are looked at together, warps."""
@@ -62,7 +64,7 @@ def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype, out: Tensor | None = N
     """x [n, D] times one number, or times one for each row, in another dtype."""
     out = torch.empty_like(x, dtype=dtype) if out is None else out
     block = min(4096, max(16, 1 << (x.shape[1] - 1).bit_length()))
-    with torch.cuda.device_of(x):
+    with device_of(x):
         _kernels().scale[(x.shape[0], -(-x.shape[1] // block))](
             x, factor, out, x.shape[1], ROWS=factor.ndim > 0, BLOCK=block, num_warps=4
         )
@@ -102,7 +104,7 @@ def _pieces(
         x, c = h[part], coef[part]
         logits = _product(x, weight.T)
         grad = logits if room is None else room[: len(c)]
-        with torch.cuda.device_of(h):
+        with device_of(h):
             _kernels().cross_entropy[(len(c),)](
                 logits, targets[part], c, losses[part], grad, rows, n_classes, cap,
                 CAP=cap > 0, GRAD=want, BLOCK=LAUNCH.block, num_warps=LAUNCH.warps,

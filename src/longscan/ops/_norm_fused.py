@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from longscan.ops._kernel_op import kernel_op
+from longscan.ops._kernel_op import device_of, kernel_op
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ACTIVATIONS = {None: 0, "sigmoid": 1, "silu": 2}
@@ -102,7 +102,7 @@ def _forward(
     other, *gate_apart = (flat, *apart) if gate is None else _lying(gate, heads)
     rows = rows // heads if per_head else rows
     grid = (-(-rows // constants["BLOCK_R"]), heads if per_head else 1)
-    with torch.cuda.device_of(x):
+    with device_of(x):
         _kernels().forward[grid](
             flat, other, y if weight is None else weight.contiguous(), y, rstd, rows, heads,
             *apart, *gate_apart, eps, scale, **constants,
@@ -139,7 +139,7 @@ def _backward(
     rows = rstd.shape[0] // groups
     programs = min(-(-rows // constants["BLOCK_R"]), max(1, PROGRAMS // groups))
     partial = rstd if weight is None else rstd.new_empty(programs, groups * d)
-    with torch.cuda.device_of(x):
+    with device_of(x):
         _kernels().backward[(programs, groups)](
             flat, other, dx if weight is None else weight.contiguous(), rstd, dy.contiguous(),
             dx, dx if gate is None else dgate, partial, rows, heads,

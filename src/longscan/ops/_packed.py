@@ -35,6 +35,33 @@ def pieces(
     return remembered(cu_seqlens, f"pieces {size}", lambda: _cut(bounds, size, device))
 
 
+def segments(
+    batch: int,
+    length: int,
+    size: int,
+    unit: int,
+    cu_seqlens: Tensor | None,
+    device: torch.device,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The pieces of `size` tokens taken for sequences; nothing is kept of it.
+
+    Returns, int64: [m + 1] where each piece begins, and the end; [m] its first piece of `unit`
+    tokens, of which size is a multiple; [rows] the first and [rows] the last piece of a sequence.
+    """
+    bounds = [i * length for i in range(batch + 1)]
+    if cu_seqlens is not None:
+        bounds = check_cu_seqlens(cu_seqlens, batch, length)
+    begins, units, first, last, before = [], [], [], [], 0
+    for a, b in pairwise(bounds):
+        first.append(len(begins))
+        begins += range(a, b, size)
+        units += range(before, before + -(-(b - a) // unit), size // unit)
+        before += -(-(b - a) // unit)
+        last.append(len(begins) - 1)
+    tables = [*begins, bounds[-1]], units, first, last
+    return tuple(torch.tensor(x, device=device) for x in tables)  # type: ignore[return-value]
+
+
 @lru_cache(maxsize=64)
 def _table(
     batch: int, length: int, size: int, device: torch.device

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from longscan.ops._kernel_op import kernel_op
+from longscan.ops._kernel_op import device_of, kernel_op
 from longscan.ops._layout import check_cu_seqlens, remembered
 from longscan.ops._packed import pieces, starts
 
@@ -287,7 +287,7 @@ def _forward(
     call = _Call(u, dt, A, B, C, D, z, dt_bias, cu_seqlens, softplus, 0)
     y, end, kept = _fake(u, dt, A, B, C, D, z, dt_bias, state, cu_seqlens, softplus, keep)
     enter = None if state is None else state.contiguous()
-    with torch.cuda.device_of(u):
+    with device_of(u):
         enter = call.enter(enter, call.u, call.B, 1)
         ends = call.states(call.plan.table.shape[0]) if call.plan.split else end
         call.scan(call.u, call.B, enter, y, ends, kept if keep else None, None, 0)
@@ -321,7 +321,7 @@ def _backward(
     dA, before = call.states(m), call.states(plan.rows)
     weights = dA.new_empty(2, plan.blocks, tokens, call.n)  # of B and C
     numbers = dA.new_empty(2, m if call.has_d or dt_bias is not None else 0, call.channels)
-    with torch.cuda.device_of(u):
+    with device_of(u):
         after = call.enter(after, dyf, call.C, 2)
         _kernels().backward[(plan.blocks * m,)](
             call.u[0], call.dt[0], call.rate, call.B[0], call.C[0], call.D, call.z[0], call.bias,

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from longscan.ops._kernel_op import device_of
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 DECAYS = ("given", "softplus", "logsigmoid", "bounded")
 
@@ -186,7 +188,7 @@ def step_fused(
     if rows * heads * -(-d_value * block_k // launch.tile) < MANY:
         launch = LAUNCHES["few"]
     block_v = min(max(16, launch.tile // block_k), max(16, _power(d_value)))
-    with torch.cuda.device_of(v):
+    with device_of(v):
         _kernels().step[(rows * heads * -(-d_value // block_v),)](
             q, k, v, window, weight, bias, new_window, s, after, raw, a_log, gate_bias,
             strength, m, new_m, skip, None if rotary is None else rotary[1],
@@ -219,7 +221,7 @@ def window_fused(
     x = x if x.stride(1) == 1 else x.contiguous()
     weight, window = weight.contiguous(), window.to(x.dtype).contiguous()
     y, new = x.new_empty(x.shape), _new(window)
-    with torch.cuda.device_of(x):
+    with device_of(x):
         _kernels().convolve[(x.shape[0], -(-x.shape[1] // BLOCK))](
             x, window, weight, bias, new, y, x.stride(0), x.shape[1],
             W=weight.shape[1], BIAS=bias is not None, SILU=int(silu), BLOCK=BLOCK, num_warps=2,
@@ -252,7 +254,7 @@ def scan_fused(
     rows, channels, n = state.shape
     y, after, block_n = u.new_empty(rows, channels), _new(state), _power(n)
     block = max(16, SCAN.tile // block_n)
-    with torch.cuda.device_of(u):
+    with device_of(u):
         _kernels().scan[(rows, -(-channels // block))](
             u, raw, dt_bias, a_log, b, c, skip, z, state, after, y,
             u.stride(0), raw.stride(0), b.stride(0), c.stride(0), z.stride(0), channels,

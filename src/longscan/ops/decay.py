@@ -172,6 +172,8 @@ def decay(
     v: Tensor,
     log_a: Tensor | None = None,
     *,
+    scale: Tensor | None = None,
+    skip: Tensor | None = None,
     state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     chunk: int = 64,
@@ -179,30 +181,39 @@ def decay(
 ) -> tuple[Tensor, Tensor]:
     """Linear attention whose state decays by a gate: none, one per head, or one per key channel.
 
-    S_t = diag(exp(log_a_t)) S_{t-1} + k_t v_t^T,   o_t = S_t^T q_t
+    S_t = diag(exp(log_a_t)) S_{t-1} + k_t (scale_t v_t)^T,   o_t = S_t^T q_t + skip v_t
 
     Shapes: q, k [B, T, Hk, K]; v, o [B, T, H, V], each q/k head serving H / Hk consecutive value
-    heads; log_a None, [B, T, H] or [B, T, H, K], natural-log decays <= 0; state [B, H, K, V].
+    heads; log_a None, [B, T, H] or [B, T, H, K], natural-log decays <= 0; state [B, H, K, V];
+    scale [B, T, H], finite, 1 if None; skip [H], 0 if None.
     cu_seqlens [n + 1] packs n sequences on one row (B = 1), the state then has n rows.
     chunk: tokens handled by one set of matrix products; changes speed, not the result.
     Precision: states, gates and products in float32 (float64 for float64 inputs), o in v's dtype.
-    Nothing is scaled: multiply q by K^-0.5 where the architecture asks for it.
+    Where kernels compute gates per head, scale and skip are products inside them; elsewhere torch
+    multiplies, and under a kernel scale v is rounded to v's dtype.
+    q is not scaled: multiply it by K^-0.5 where the architecture asks for it.
     Raises: ValueError, TypeError for shapes, dtypes, gates above 0 or cu_seqlens that do not fit.
-    Source: GLA (arXiv 2312.06635, eq. 3); Mamba-2 (arXiv 2405.21060) with C, B, dt x as q, k, v.
+    Source: GLA (arXiv 2312.06635, eq. 3); Mamba-2 (arXiv 2405.21060) with C, B, x, dt, D as
+    q, k, v, scale, skip.
     Differs: scores with a gate per key are built by halves, each with exponents <= 0, so that
     any gate is exact; the authors' code goes elementwise inside 16-token blocks.
     """
-    check_floating(q=q, k=k, v=v, log_a=log_a, state=state)
+    check_floating(q=q, k=k, v=v, log_a=log_a, scale=scale, skip=skip, state=state)
     batch, length, heads, d_value = check_values(v)
     d_key = check_keys(q, k, v)
     if log_a is not None:
         shape = (batch, length, heads, d_key)[: 4 if log_a.ndim == 4 else 3]
         check_shape("log_a", log_a, shape, "[B, T, H] or [B, T, H, K]")
         check_log_decay(log_a)
+    if scale is not None:
+        check_shape("scale", scale, (batch, length, heads), "[B, T, H]")
+    if skip is not None:
+        check_shape("skip", skip, (heads,), "[H]")
     rows = batch if cu_seqlens is None else cu_seqlens.numel() - 1
     check_state("state", state, (rows, heads, d_key, d_value), "[rows, H, K, V]")
-    dtype, out = compute_dtype(q, k, v, log_a, state), v.dtype
-    kernel, fits = decay_fused, decay_fits
+    dtype, out = compute_dtype(q, k, v, log_a, scale, skip, state), v.dtype
+    kernel: Callable = decay_fused
+    fits: Callable = decay_fits
     if log_a is not None and log_a.ndim == 4:
         kernel, fits = decay_keys_fused, decay_keys_fits
     forms = {"reference": decay_reference, "torch": decay_chunked, "triton": kernel}
@@ -211,17 +222,30 @@ def decay(
     )
     with full_precision(v):
         if run is kernel and (length > 1 or cu_seqlens is not None):
-            o, s = run(q, k, v, log_a, state=state, cu_seqlens=cu_seqlens)
+            more = {"state": state, "cu_seqlens": cu_seqlens}
+            if kernel is decay_fused and log_a is not None:
+                o, s = decay_fused(q, k, v, log_a, scale=scale, skip=skip, **more)
+            else:
+                u = v if scale is None else (scale.unsqueeze(-1) * v).to(out)
+                o, s = _skipping(kernel(q, k, u, log_a, **more), v, skip)
             return o.to(out), s
-        q, k, v, log_a, state = cast(dtype, q, k, v, log_a, state)
+        q, k, v, log_a, scale, skip, state = cast(dtype, q, k, v, log_a, scale, skip, state)
+        u = v if scale is None else scale.unsqueeze(-1) * v
         if run is decay_reference:
-            o, s = run(q, k, v, log_a, state=state, cu_seqlens=cu_seqlens)
+            found = run(q, k, u, log_a, state=state, cu_seqlens=cu_seqlens)
         elif length == 1 and cu_seqlens is None:
             if state is None:
                 state = v.new_zeros(batch, heads, d_key, d_value)
             gate = None if log_a is None else log_a[:, 0]
-            o, s = decay_step(q[:, 0], k[:, 0], v[:, 0], gate, state)
-            o = o.unsqueeze(1)
+            o, s = decay_step(q[:, 0], k[:, 0], u[:, 0], gate, state)
+            found = o.unsqueeze(1), s
         else:
-            o, s = run(q, k, v, log_a, state=state, cu_seqlens=cu_seqlens, chunk=chunk)
+            found = run(q, k, u, log_a, state=state, cu_seqlens=cu_seqlens, chunk=chunk)
+        o, s = _skipping(found, v, skip)
     return o.to(out), s
+
+
+def _skipping(found: tuple[Tensor, Tensor], v: Tensor, skip: Tensor | None) -> tuple:
+    """o + skip v, and the state."""
+    o, s = found
+    return o if skip is None else o + skip.unsqueeze(-1) * v, s

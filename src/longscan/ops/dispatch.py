@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any
@@ -83,6 +84,11 @@ def fused(op: str, x: Tensor) -> bool:
 @torch.compiler.assume_constant_result
 def _has_room(device: int) -> bool:
     """Whether a GPU has the shared memory that launches count on."""
+    return _room(device)
+
+
+@cache
+def _room(device: int) -> bool:
     found = torch.cuda.get_device_properties(device)
     return getattr(found, "shared_memory_per_block_optin", SHARED) >= SHARED
 
@@ -98,9 +104,11 @@ def choose(
 
     Raises: ValueError where the call itself asks for a kernel that does not fit.
     """
-    if backend is None and "LONGSCAN_BACKEND" not in os.environ and not x.is_cuda:
-        return forms["torch"]  # what backend_of answers, without its words
-    name = backend_of(op, x, backend).name
+    if backend is not None or "LONGSCAN_BACKEND" in os.environ:
+        name = backend_of(op, x, backend).name
+    else:  # what backend_of answers, without its words
+        usual = fused(op, x) and (not x.is_cuda or _has_room(x.device.index))
+        name = "triton" if usual else "torch"
     if name == "triton" and fits is not None and not fits():
         if backend is not None:
             raise ValueError(
@@ -112,7 +120,13 @@ def choose(
 
 def by_kernel(op: str, x: Tensor, fits: Callable[[], bool]) -> bool:
     """Whether a kernel runs, for callers that can hand it more than the op; see `choose`."""
-    return fused(op, x) and backend_of(op, x).name == "triton" and fits()
+    if not fused(op, x):
+        return False
+    if "LONGSCAN_BACKEND" in os.environ:
+        usual = backend_of(op, x).name == "triton"
+    else:
+        usual = not x.is_cuda or _has_room(x.device.index)
+    return usual and fits()
 
 
 def by_sequence(

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from longscan.ops._add_norm_fused import add_norm_fits, add_norm_fused
 from longscan.ops._check import compute_dtype
-from longscan.ops._norm_fused import norm_fits, norm_fused
+from longscan.ops._norm_fused import DTYPES, norm_fits, norm_fused
 from longscan.ops.dispatch import by_kernel
 
 ACTIVATIONS = {None: lambda gate: gate, "silu": F.silu, "sigmoid": torch.sigmoid}
@@ -58,18 +59,51 @@ def _normalise(x: Tensor, weight: Tensor | None, eps: float, scale: float = 1.0)
     return (y if scale == 1.0 else y * scale).to(x.dtype)
 
 
-def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+def rms_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     """Root-mean-square normalisation over the last axis.
 
     y = x / sqrt(mean(x^2) + eps) * weight
 
     Shapes: x [..., D]; weight [D] or None. A per-head norm is this on [..., H, D_head].
-    Precision: statistics in float32 (float64 for float64 input); result in x's dtype.
+    Precision: statistics in float32 (float64 for float64 input); result in `dtype`, None: x's.
     Source: Zhang and Sennrich, arXiv 1910.07467, eq. 4.
     """
     if _fused(x, weight) and (weight is None or weight.shape == x.shape[-1:]):
-        return norm_fused(x, weight, eps=eps)
-    return _normalise(x, weight, eps)
+        return norm_fused(x, weight, eps=eps, dtype=dtype)
+    y = _normalise(x, weight, eps)
+    return y if dtype is None else y.to(dtype)
+
+
+def add_rms_norm(
+    x: Tensor,
+    branch: Tensor,
+    weight: Tensor,
+    eps: float = 1e-5,
+    *,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(rms_norm(x + branch), x + branch): a residual stream and the norm that the next part reads.
+
+    Shapes: x, branch and both results [..., D]; weight [D]. By a kernel the stream is read and
+    written once, forward and backward.
+    Precision: as `rms_norm` of the sum, which has the wider dtype of x and branch.
+    """
+    if adds(x) and add_norm_fits(x, branch, weight):
+        dtype = torch.promote_types(x.dtype, branch.dtype) if dtype is None else dtype
+        return add_norm_fused(x, branch, weight, eps, dtype)
+    x = x + branch
+    return rms_norm(x, weight, eps, dtype=dtype), x
+
+
+def adds(x: Tensor) -> bool:
+    """Whether `add_rms_norm` is one kernel for streams like x, of sizes and dtypes that fit."""
+    return not torch.compiler.is_compiling() and by_kernel("norm", x, lambda: x.dtype in DTYPES)
 
 
 def gated_rms_norm(
@@ -129,4 +163,4 @@ def head_rms_norm(x: Tensor, weight: Tensor | None, n_groups: int, eps: float = 
     return y if weight is None else (y * weight.to(compute_dtype(x))).to(x.dtype)
 
 
-__all__ = ["gated_rms_norm", "head_rms_norm", "l2_norm", "rms_norm"]
+__all__ = ["add_rms_norm", "adds", "gated_rms_norm", "head_rms_norm", "l2_norm", "rms_norm"]

@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 
 from longscan.ops._check import compute_dtype
-from longscan.ops._layout import check_cu_seqlens
+from longscan.ops._layout import check_cu_seqlens, remembered
+from longscan.ops._rotary_fused import rotary_fits, rotary_fused, rotary_heads_fused
+from longscan.ops.dispatch import by_kernel
+from longscan.ops.norm import rms_norm
 
 # Positions below this are looked up in a table shared by all layers, later ones are computed.
 _TABLE_END = 1 << 16
@@ -79,20 +82,46 @@ def rotary_factors(
                 positions = torch.arange(first, first + length, device=device)
                 cos, sin = rotary_at(positions, dim, theta, dtype)
             return cos.unsqueeze(-2), sin.unsqueeze(-2)
-        end = max(start) + length
         positions = torch.tensor(start, device=device)[:, None] + torch.arange(
             length, device=device
         )
-    else:
-        bounds = check_cu_seqlens(cu_seqlens, 1, length)
-        sizes = [b - a for a, b in pairwise(bounds)]
-        begin = [0] * len(sizes) if start is None else start
-        end = max(s + n for s, n in zip(begin, sizes, strict=True))
-        shift = torch.tensor([s - a for s, a in zip(begin, bounds, strict=False)])
-        shift = shift.repeat_interleave(torch.tensor(sizes)).to(device)
-        positions = (torch.arange(length, device=device) + shift).unsqueeze(0)
+        return _looked_up(positions, max(start) + length, dim, theta, dtype)
+    bounds = check_cu_seqlens(cu_seqlens, 1, length)
+    if start is not None or torch.compiler.is_compiling():
+        return _packed(bounds, start, dim, theta, dtype, device)
+
+    def made() -> tuple[Tensor, Tensor]:
+        with torch.inference_mode(False), torch.no_grad():
+            return _packed(bounds, None, dim, theta, dtype, device)
+
+    # Every layer asks for the same.
+    return remembered(cu_seqlens, f"rotary {dim} {theta} {dtype} {device}", made)
+
+
+def _packed(
+    bounds: list[int],
+    start: Sequence[int] | None,
+    dim: int,
+    theta: float,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """Factors [1, T, 1, dim] of the sequences on a packed row."""
+    sizes = [b - a for a, b in pairwise(bounds)]
+    begin = [0] * len(sizes) if start is None else start
+    end = max(s + n for s, n in zip(begin, sizes, strict=True))
+    shift = torch.tensor([s - a for s, a in zip(begin, bounds, strict=False)])
+    shift = shift.repeat_interleave(torch.tensor(sizes)).to(device)
+    positions = (torch.arange(bounds[-1], device=device) + shift).unsqueeze(0)
+    return _looked_up(positions, end, dim, theta, dtype)
+
+
+def _looked_up(
+    positions: Tensor, end: int, dim: int, theta: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Factors of positions [B, T] below `end`, shaped [B, T, 1, dim]."""
     if end <= _TABLE_END:
-        cos, sin = (t[positions] for t in _table(end, dim, theta, dtype, device))
+        cos, sin = (t[positions] for t in _table(end, dim, theta, dtype, positions.device))
     else:
         cos, sin = rotary_at(positions, dim, theta, dtype)
     return cos.unsqueeze(-2), sin.unsqueeze(-2)
@@ -106,6 +135,8 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Shapes: x [..., T, H, D]; cos, sin [..., T, 1, dim] from `rotary_factors`, dim <= D.
     Precision: in float32 (float64 for float64 x), result in x's dtype.
     """
+    if x.ndim == 4 and _fused(x, x.shape[-1], cos, sin):
+        return rotary_fused(x, cos, sin)
     dim = cos.shape[-1]
     dtype = compute_dtype(x)
     part = x if dim == x.shape[-1] else x[..., :dim]
@@ -114,4 +145,49 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return y if dim == x.shape[-1] else torch.cat([y, x[..., dim:]], -1)
 
 
-__all__ = ["rotary", "rotary_at", "rotary_factors"]
+def rotary_heads(
+    x: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    weights: tuple[Tensor, Tensor] | None = None,
+    *,
+    heads: int,
+    groups: int,
+    d_head: int,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What attention reads, from its projection x = [q | k | v | rest]: (q, k, v, rest).
+
+    q and k are normed, where there are weights for it, and turned, where there are factors.
+
+    Shapes: x [B, T, (heads + 2 groups) d_head + rest]; cos, sin as in `rotary`, or None; weights
+    of the norms of q and of k: both [d_head]; q [B, T, heads, d_head]; k, v [B, T, groups, d_head].
+    Precision: as `rotary` and `rms_norm`; by a kernel, which writes one gradient for all of x, q
+    and k are rounded once.
+    """
+    if _fused(x, d_head, cos, sin):
+        q_weight, k_weight = (None, None) if weights is None else weights
+        return rotary_heads_fused(
+            x, cos, sin, q_weight, k_weight, heads=heads, groups=groups, d_head=d_head, eps=eps
+        )
+    both = (heads + groups) * d_head
+    qk, v = x[..., :both], x[..., both : both + groups * d_head]
+    qk, v = qk.unflatten(-1, (-1, d_head)), v.unflatten(-1, (-1, d_head))
+    if weights is not None:
+        rows = zip(weights, (heads, groups), strict=True)
+        weight = torch.cat([w.expand(n, -1) for w, n in rows])
+        dtype = compute_dtype(qk)
+        qk = (rms_norm(qk.to(dtype), None, eps) * weight.to(dtype)).to(qk.dtype)
+    if cos is not None and sin is not None:
+        qk = rotary(qk, cos, sin)
+    q, k = qk.split([heads, groups], 2)
+    return q, k, v, x[..., both + groups * d_head :]
+
+
+def _fused(x: Tensor, d_head: int, cos: Tensor | None, sin: Tensor | None) -> bool:
+    if torch.compiler.is_compiling():  # which makes kernels of its own, with what is around
+        return False
+    return by_kernel("norm", x, lambda: rotary_fits(x, d_head, cos, sin))
+
+
+__all__ = ["rotary", "rotary_at", "rotary_factors", "rotary_heads"]

@@ -13,15 +13,20 @@ from functools import cache, partial
 from longscan.proof.case import Case
 from longscan.proof.channels import (
     conv_cases,
+    gates_cases,
     loss_cases,
     mamba_cases,
     norm_cases,
+    parts_cases,
+    projection_cases,
     selective_cases,
 )  # fmt: skip
+from longscan.proof.elementwise import add_norm_cases, glu_cases, rotary_cases
 from longscan.proof.heads import (
     KEY_GATES,
     SCALAR_GATES,
     decay_arguments,
+    decay_cases,
     delta_arguments,
     delta_cases,
     head_cases,
@@ -30,7 +35,7 @@ from longscan.proof.heads import (
 from longscan.proof.recurrent import slstm_cases
 
 CASES: dict[str, Callable[[], Iterator[Case]]] = {
-    "decay": lambda: head_cases(decay_arguments, SCALAR_GATES),
+    "decay": decay_cases,
     "decay_keys": lambda: head_cases(partial(decay_arguments, per_key=True), KEY_GATES),
     "delta": lambda: delta_cases(delta_arguments, SCALAR_GATES),
     "delta_keys": lambda: delta_cases(partial(delta_arguments, per_key=True), KEY_GATES),
@@ -40,7 +45,13 @@ CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "slstm": slstm_cases,
     "conv": conv_cases,
     "conv_silu": conv_cases,
+    "conv_parts": parts_cases,
+    "projection": projection_cases,
+    "gates": gates_cases,
     "norm": norm_cases,
+    "add_norm": add_norm_cases,
+    "glu": glu_cases,
+    "rotary": rotary_cases,
     "loss": loss_cases,
 }
 """The kernels, by name, and what each is proved on."""

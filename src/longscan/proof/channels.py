@@ -194,6 +194,142 @@ def conv_cases() -> Iterator[Case]:
     yield case("beyond 2^31", length=2048, batch=1, channels=1024, copies=1040, dtypes=("bf16",))
 
 
+def parts_arguments(
+    g: torch.Generator, *, sizes: tuple[int, ...] = (24, 24, 16), unit: int = 0, **options: Any
+) -> Arguments:
+    """sizes: channels of the parts behind the convolution; unit: channels of a head of unit
+    length in the first two."""
+    more = {"sizes": list(sizes), "unit": unit}
+    return {**conv_arguments(g, channels=sum(sizes), **options), **more}
+
+
+def parts_cases() -> Iterator[Case]:
+    def case(name: str, **options: Any) -> Case:
+        known = ("quick", "low", "final", "strided", "optional")
+        more = {k: options.pop(k) for k in list(options) if k in known}
+        group = f"W{options.get('width', 4)}"
+        return Case(name, partial(parts_arguments, **options), group=group, **more)
+
+    yield case("small", length=37, sizes=(9, 3, 8), quick=True)
+    yield case("small packed", length=37, batch=1, sizes=(4, 5), cu=(0, 1, 3, 20, 37), quick=True)
+    for length in (1, 16, 65, 150):
+        yield case(f"T={length}", length=length, optional=length == 1)
+    for name, cu in PACKED.items():
+        yield case(f"packed {name}", batch=1, length=cu[-1], cu=tuple(cu))
+    for sizes in ((256, 256, 512), (300, 7, 1000), (768, 768, 1536), (1, 1, 1), (2048, 128, 128)):
+        yield case(f"parts {' '.join(map(str, sizes))}", length=70, sizes=sizes)
+    yield case("W=8", width=8, length=70)
+    yield case("neither", state=False, final=False)
+    yield case("views", strided=True)
+    yield case("weights as the values", low=True)
+    yield case("T=4096", length=4096, batch=1)
+    unit = {"sizes": (768, 768, 1536), "unit": 128}
+    yield case("unit small", length=37, sizes=(8, 16, 5), unit=8, quick=True)
+    yield case("unit small packed", length=37, batch=1, sizes=(4, 8, 3), unit=4,
+               cu=(0, 1, 3, 20, 37), quick=True)  # fmt: skip
+    for k in (2, 16, 32, 64, 128):
+        yield case(f"unit K={k}", sizes=(3 * k, 5 * k, 100), unit=k)
+    yield case("unit", length=300, **unit)
+    yield case("unit, bare", length=300, bias=False, state=False, final=False, **unit)
+    yield case("unit, two parts", sizes=(64, 128), unit=64)
+    yield case("unit, W=8", width=8, length=70, **unit)
+    yield case("unit, views", strided=True, **unit)
+    yield case("unit, weights as the values", low=True, **unit)
+    yield case("unit, T=4096", length=4096, batch=1, **unit)
+
+
+def projection_arguments(
+    g: torch.Generator,
+    *,
+    sizes: tuple[int, ...] = (64, 32, 3),
+    at: int = 0,
+    inner: tuple[int, ...] = (24, 24, 16),
+    width: int = 4,
+    depth: int = 48,
+    length: int = 150,
+    batch: int = 2,
+    unit: int = 0,
+    **options: Any,
+) -> Arguments:
+    """sizes: of the projection's parts, `at` the convolved one, inner: of its own parts."""
+    conv = conv_arguments(
+        g, length=length, batch=batch, channels=sizes[at], width=width, **options
+    )  # fmt: skip
+    return {
+        **conv,
+        "x": normal(g, batch, length, depth),
+        "taps": conv["weight"],
+        "weight": normal(g, sum(sizes), depth) * depth**-0.5,
+        "sizes": list(sizes),
+        "at": at,
+        "inner": list(inner),
+        "unit": unit,
+    }
+
+
+def projection_cases() -> Iterator[Case]:
+    def case(name: str, **options: Any) -> Case:
+        known = ("quick", "low", "final", "strided")
+        more = {k: options.pop(k) for k in list(options) if k in known}
+        group = f"W{options.get('width', 4)}"
+        return Case(name, partial(projection_arguments, **options), group=group, **more)
+
+    yield case("small", length=37, sizes=(20, 7, 3), inner=(9, 3, 8), depth=12, quick=True)
+    yield case("small packed", length=37, batch=1, sizes=(8, 9), at=1, inner=(9,),
+               depth=12, cu=(0, 1, 3, 20, 37), quick=True)  # fmt: skip
+    for length in (16, 65, 150):
+        yield case(f"T={length}", length=length)
+    for name, cu in PACKED.items():
+        yield case(f"packed {name}", batch=1, length=cu[-1], cu=tuple(cu))
+    yield case("nothing padded", sizes=(64, 24, 8))
+    yield case("the last part", sizes=(8, 3, 64), at=2)
+    yield case("empty parts", sizes=(0, 0, 40, 64, 5), at=3)
+    yield case("one part", sizes=(64, 64), inner=(64,))
+    wide = {"sizes": (3072, 1536, 6, 6), "inner": (768, 768, 1536), "depth": 1024}
+    yield case("wide", length=300, **wide)
+    yield case("wide unit", length=300, unit=128, bias=False, **wide)
+    yield case("unit", sizes=(64, 32, 3), inner=(24, 24, 16), unit=8)
+    yield case("W=8", width=8)
+    yield case("neither", state=False, final=False)
+    yield case("views", strided=True)
+    yield case("weights as the values", low=True)
+    yield case("T=4096", length=4096, batch=1)
+
+
+def gates_arguments(
+    g: torch.Generator, *, heads: int = 6, steps: int = 1, length: int = 150, batch: int = 2,
+    far: float = 1.0, scale: float = 1.0,
+) -> Arguments:  # fmt: skip
+    """far: how far from zero the gates are."""
+    return {
+        "b": normal(g, batch, length, steps * heads) * far,
+        "a": normal(g, batch, length, heads) * far,
+        "a_log": normal(g, heads),
+        "dt_bias": normal(g, heads) - 3,
+        "scale": scale,
+    }
+
+
+def gates_cases() -> Iterator[Case]:
+    def case(name: str, **options: Any) -> Case:
+        known = ("quick", "strided")
+        more = {k: options.pop(k) for k in list(options) if k in known}
+        return Case(
+            name, partial(gates_arguments, **options), group=str(options.get("heads", 6)), **more
+        )
+
+    yield case("small", length=37, heads=3, quick=True)
+    yield case("small, steps", length=9, heads=2, steps=3, scale=2.0, quick=True)
+    for length in (1, 17, 150, 5000):
+        yield case(f"T={length}", length=length)
+    for heads in (1, 2, 16, 24, 128, 512):
+        yield case(f"H={heads}", heads=heads)
+    yield case("steps", steps=2, scale=2.0)
+    yield case("far", far=8.0)
+    yield case("views", strided=True)
+    yield case("many rows", batch=70, length=1000)
+
+
 # --- the norms ------------------------------------------------------------------------------
 
 

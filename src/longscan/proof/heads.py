@@ -23,6 +23,7 @@ from longscan.proof.case import (
 )
 
 STANDARD = Size()
+SMALL = Size(length=37, batch=1, heads=2, key=16, value=16)
 
 
 # --- linear attention and the delta rule ----------------------------------------------------
@@ -42,9 +43,23 @@ def _heads(g: torch.Generator, size: Size, gate: str, per_key: bool, state: bool
 
 
 def decay_arguments(
-    g: torch.Generator, size: Size, gate: str, *, per_key: bool = False, state: bool = True
+    g: torch.Generator,
+    size: Size,
+    gate: str,
+    *,
+    per_key: bool = False,
+    state: bool = True,
+    scale: bool = False,
+    skip: bool = False,
 ) -> Arguments:
-    return _heads(g, size, gate, per_key, state)
+    """scale: of any sign, some of it 0."""
+    x = _heads(g, size, gate, per_key, state)
+    if scale:
+        s = normal(g, size.batch, size.length, size.heads)
+        x["scale"] = torch.where(s.abs() < 0.2, 0.0, s)
+    if skip:
+        x["skip"] = normal(g, size.heads)
+    return x
 
 
 def delta_arguments(
@@ -78,7 +93,7 @@ def head_cases(make: Callable[..., Arguments], gate_kinds: tuple[str, ...]) -> I
         group = f"{size.key}x{size.value}"
         return Case(name, partial(make, size=size, gate=gate, **own), group=group, **more)
 
-    small = Size(length=37, batch=1, heads=2, key=16, value=16)
+    small = SMALL
     yield case("small", replace(small, batch=2), quick=True)
     packed = small.packed([0, 1, 20, 37])
     yield case("small packed", replace(packed, key=24, value=40, heads=1), quick=True)
@@ -122,6 +137,44 @@ SIZES = (
 )  # fmt: skip
 SCALAR_GATES = ("none", "usual", "open", "near", "closed", "sharp", "erased")
 KEY_GATES = SCALAR_GATES[1:]
+
+
+def decay_cases() -> Iterator[Case]:
+    """With one gate per head or none; with Mamba-2's factors of writes and its way around."""
+    yield from head_cases(decay_arguments, SCALAR_GATES)
+
+    def case(name: str, size: Size = STANDARD, gate: str = "mixed", **more: Any) -> Case:
+        own = {"scale": True, "skip": True} | {
+            k: more.pop(k) for k in list(more) if k in ("scale", "skip", "state")
+        }
+        make = partial(decay_arguments, size=size, gate=gate, **own)
+        return Case(f"scaled, {name}", make, group=f"{size.key}x{size.value} scaled", **more)
+
+    ssd = Size(heads=8, groups=1, key=128)
+    yield case("small", replace(SMALL, batch=2), quick=True)
+    packed = replace(SMALL, groups=1).packed([0, 1, 20, 37])
+    yield case("small packed", replace(packed, key=24, value=40), "usual", quick=True)
+    yield case("small, alone", replace(SMALL, length=70), "usual", skip=False, state=False,
+               final=False, quick=True)  # fmt: skip
+    yield case("skip alone", scale=False)
+    for length in (1, 63, 65, 129):
+        yield case(f"T={length}", Size(length), optional=length == 1)
+    for name, cu in PACKED.items():
+        yield case(f"packed {name}", Size(heads=4, groups=2).packed(cu))
+    for kind in SCALAR_GATES[1:]:
+        yield case(f"gate {kind}", ssd, kind, floor=1.0 if kind in ("erased", "sharp") else 0.0)
+    for key, value in ((64, 64), (128, 128), (256, 64), (256, 256), (24, 40), (128, 16), (17, 33)):
+        yield case(f"K={key} V={value}", Size(key=key, value=value, length=70))
+        yield case(f"K={key} V={value}, 4 heads, 1 key",
+                   Size(heads=4, groups=1, key=key, value=value, length=70))  # fmt: skip
+    yield case("no state", ssd, state=False)
+    yield case("views", strided=True)
+    yield case("gates as the values", low=True, gate="usual")
+    for kind in ("usual", "near"):
+        yield case(f"T=4096 {kind}", replace(ssd, length=4096, batch=1, heads=4), kind)
+    yield case("T=16384", Size(16384, 1, 2, 1, key=128), "usual")
+    many = Size(2048, 2, 64, 1, key=128)
+    yield case("many heads", many, "usual", dtypes=("bf16",))
 
 
 def delta_cases(make: Callable[..., Arguments], kinds: tuple[str, ...]) -> Iterator[Case]:

@@ -13,9 +13,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from longscan.ops._check import widen
+from longscan.ops._conv_fused import conv_parts
+from longscan.ops._projection_fused import projection_fused
 from longscan.ops.conv import conv
 from longscan.ops.loss import linear_cross_entropy
 from longscan.ops.selective import selective
+from longscan.proof import elementwise
 
 Run = Callable[..., tuple]
 
@@ -57,6 +60,51 @@ def _mamba(
 def _conv_silu(*args: Any, **more: Any) -> tuple:
     y, end = conv(*args, **more, backend="torch")
     return F.silu(y), end
+
+
+def _conv_parts(*args: Any, sizes: list[int], unit: int, **more: Any) -> tuple:
+    y, end = _conv_silu(*args, **more)
+    return _unit(y, sizes, unit), end
+
+
+def _unit(y: Tensor, sizes: list[int], unit: int) -> Tensor:
+    """Heads of `unit` channels in the first two parts scaled to length."""
+    if not unit:
+        return y
+    q, k, *rest = y.split(sizes, -1)
+    q, k = (
+        (x * length / (x.square().sum(-1, True) + 1e-6).sqrt()).flatten(-2)
+        for x, length in (
+            (q.unflatten(-1, (-1, unit)), unit**-0.5),
+            (k.unflatten(-1, (-1, unit)), 1),
+        )
+    )
+    return torch.cat([q, k, *rest], -1)
+
+
+def _conv_parts_launch(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, sizes: list[int], **more: Any
+) -> tuple:
+    ys, end = conv_parts(x, weight, bias, sizes, **more, silu=True)
+    return torch.cat(ys, -1), end
+
+
+def _projection(
+    x: Tensor, weight: Tensor, taps: Tensor, bias: Tensor | None, *, sizes: list[int], at: int,
+    inner: list[int], unit: int, **more: Any,
+) -> tuple:  # fmt: skip
+    parts = list((x @ weight.mT).split(sizes, -1))
+    y, end = _conv_silu(parts.pop(at), taps, bias, **more)
+    return torch.cat([_unit(y, inner, unit), *parts], -1), end
+
+
+def _projection_launch(*args: Any, **more: Any) -> tuple:
+    ys, end, parts = projection_fused(*args, **more)
+    return torch.cat([*ys, *parts], -1), end
+
+
+def _gates(b: Tensor, a: Tensor, a_log: Tensor, dt_bias: Tensor, *, scale: float) -> tuple:
+    return widen(b).sigmoid() * scale, -a_log.exp() * F.softplus(widen(a) + dt_bias)
 
 
 def _norm(
@@ -105,7 +153,10 @@ def _loss_launch(*args: Any, **more: Any) -> tuple:
 
 
 KERNELS = {
-    "decay": Kernel("decay", ("q", "k", "v", "log_a"), ("log_a",)),
+    "decay": Kernel(
+        "decay", ("q", "k", "v", "log_a"), ("log_a",), wide=("state", "scale", "skip"),
+        shared=("skip",),
+    ),
     "decay_keys": Kernel("decay", ("q", "k", "v", "log_a"), ("log_a",)),
     "delta": Kernel("delta", ("q", "k", "v", "beta", "log_a"), ("beta", "log_a")),
     "delta_keys": Kernel("delta", ("q", "k", "v", "beta", "log_a"), ("beta", "log_a")),
@@ -127,9 +178,34 @@ KERNELS = {
         "conv", ("x", "weight", "bias"), ("weight", "bias"), wide=(), shared=("weight", "bias"),
         module="conv", options={"silu": True}, plain=_conv_silu,
     ),
+    "conv_parts": Kernel(
+        "conv", ("x", "weight", "bias"), ("weight", "bias"), wide=(),
+        shared=("weight", "bias"), module="conv", plain=_conv_parts, launch=_conv_parts_launch,
+    ),
+    "projection": Kernel(
+        "conv", ("x", "weight", "taps", "bias"), ("taps", "bias"), wide=(),
+        shared=("weight", "taps", "bias"), module="conv", plain=_projection,
+        launch=_projection_launch,
+    ),
+    "gates": Kernel(
+        "delta", ("b", "a", "a_log", "dt_bias"), wide=("o", "state", "a_log", "dt_bias"),
+        shared=("a_log", "dt_bias"), module="gates", plain=_gates,
+    ),
     "norm": Kernel(
         "norm", ("x", "weight", "gate"), ("weight",), wide=(), shared=("weight",), module="norm",
         plain=_norm,
+    ),
+    "add_norm": Kernel(
+        "norm", ("x", "branch", "weight"), ("x", "weight"), wide=(), shared=("weight",),
+        plain=elementwise.plain_add_norm, module="add_norm",
+    ),
+    "glu": Kernel(
+        "glu", ("x",), wide=(), plain=elementwise.plain_glu, launch=elementwise.launch_glu,
+    ),
+    "rotary": Kernel(
+        "rotary", ("x", "q_weight", "k_weight"), ("q_weight", "k_weight"), wide=(),
+        shared=("q_weight", "k_weight"), plain=elementwise.plain_rotary,
+        launch=elementwise.launch_rotary,
     ),
     "loss": Kernel(
         "loss", ("h", "weight", "targets"), wide=("o",), shared=("weight",), plain=_loss,

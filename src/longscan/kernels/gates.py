@@ -1,0 +1,66 @@
+"""Write strengths and forget gates of a delta rule, all heads of some tokens at a time.
+
+beta = scale sigmoid(b)            [rows, HB]
+log_a = -exp(A_log) softplus(a + bias)      [rows, H]
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from longscan.kernels._launch import entry
+from longscan.kernels.step import _softplus
+
+
+@entry
+@triton.jit(do_not_specialize=["rows"])
+def forward(
+    b, a, a_log, bias, beta, log_a, rows, b_row, a_row, scale,
+    HB: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Rows of b and a are b_row and a_row numbers apart, those of beta and log_a side by side."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+    head = tl.arange(0, BLOCK_H)
+    cols = head[None, :]
+    mine = (row < rows) & (cols < HB)
+    x = tl.load(b + row * b_row + cols, mask=mine, other=0.0).to(tl.float32)
+    tl.store(beta + row * HB + cols, scale * tl.sigmoid(x), mask=mine)
+    mine = (row < rows) & (cols < H)
+    rate = tl.exp(tl.load(a_log + head, mask=head < H, other=0.0))[None, :]
+    z = tl.load(a + row * a_row + cols, mask=mine, other=0.0).to(tl.float32)
+    z += tl.load(bias + head, mask=head < H, other=0.0)[None, :]
+    tl.store(log_a + row * H + cols, -rate * _softplus(z), mask=mine)
+
+
+@entry
+@triton.jit(do_not_specialize=["rows"])
+def backward(
+    b, a, a_log, bias, dbeta, dlog, db, da, partial, rows, b_row, a_row, scale,
+    HB: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Gradients of b and a, side by side; partial [programs, 2, H]: each program's part of those
+    of A_log and bias."""
+    head = tl.arange(0, BLOCK_H)
+    cols = head[None, :]
+    rate = tl.exp(tl.load(a_log + head, mask=head < H, other=0.0))[None, :]
+    shift = tl.load(bias + head, mask=head < H, other=0.0)[None, :]
+    d_rate = tl.zeros([BLOCK_R, BLOCK_H], tl.float32)
+    d_shift = tl.zeros([BLOCK_R, BLOCK_H], tl.float32)
+    for tile in range(tl.program_id(0), tl.cdiv(rows, BLOCK_R), tl.num_programs(0)):
+        row = tl.cast(tile, tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+        mine = (row < rows) & (cols < HB)
+        x = tl.load(b + row * b_row + cols, mask=mine, other=0.0).to(tl.float32)
+        g = tl.load(dbeta + row * HB + cols, mask=mine, other=0.0).to(tl.float32)
+        s = tl.sigmoid(x)
+        tl.store(db + row * HB + cols, (scale * g * s * (1 - s)).to(db.dtype.element_ty), mask=mine)
+        mine = (row < rows) & (cols < H)
+        z = tl.load(a + row * a_row + cols, mask=mine, other=0.0).to(tl.float32) + shift
+        g = -rate * tl.load(dlog + row * H + cols, mask=mine, other=0.0).to(tl.float32)
+        d_rate += g * _softplus(z)
+        g = g * tl.sigmoid(z)
+        d_shift += g
+        tl.store(da + row * H + cols, g.to(da.dtype.element_ty), mask=mine)
+    parts = partial + tl.program_id(0) * 2 * H + head
+    tl.store(parts, tl.sum(d_rate, 0), mask=head < H)
+    tl.store(parts + H, tl.sum(d_shift, 0), mask=head < H)
