@@ -148,7 +148,7 @@ def form(grid, {"".join(f"{a}=GONE, " for a in names)}/, *rest, **options):
         found = known.get(key)
         if found is not None:
             latest[0] = key, found
-    if found is None or _rehearsal.under_way:
+    if found is None or _rehearsal.under_way and here.noted is not None:
         return _first(kernel, known, key, grid, options, ({each}))
     launch, compiled, function, cooperative, dependent, packed = found
     n = len(grid)

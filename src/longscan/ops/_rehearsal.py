@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import threading
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -36,7 +37,8 @@ one = threading.RLock()
 def rehearse() -> None:
     """Before a launch for which there is no kernel: compile all that the op's call launches.
 
-    Nothing is raised: what fails here fails again where it is needed, and says so there.
+    Nothing is raised: what fails here fails again where it is needed, and says so there. Whether
+    or not it does, it is told, as then kernels compile one after the other.
     """
     global under_way
     call, here.call = here.call, None
@@ -44,17 +46,19 @@ def rehearse() -> None:
         return
     with one:
         here.noted = noted = {}
-        under_way = 1
+        under_way, failed = 1, None
         try:
             call()
-        except Exception:  # out of memory, mostly
-            pass
+        except Exception as error:  # out of memory, mostly
+            failed = f"{type(error).__name__}: {error}"
         finally:
             here.noted, under_way = None, 0
         if len(noted) > 1:
             with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
                 for prepare in noted.values():
                     pool.submit(prepare)
+    if failed is not None:
+        warnings.warn(f"some kernels compile one after the other: {failed}", stacklevel=2)
 
 
 class Stage:
