@@ -1,7 +1,8 @@
-"""Kernels in Triton's interpreter on a CPU: python interpreter.py KERNEL, or compiled MIXER.
+"""Kernels on a CPU: python interpreter.py KERNEL, or compiled MIXER, or pieces.
 
 Of a kernel it prints a JSON line for each small case, then one of the launches that no case
-chooses; of a mixer, how far its form under torch.compile is from the eager one. This is a program
+chooses; of a mixer, how far its form under torch.compile is from the eager one; of pieces a line
+for each case. Triton's own run in its interpreter, those in Gluon in gluon.py. This is a program
 because Triton decides when it is imported whether it interprets.
 """
 
@@ -10,20 +11,24 @@ from __future__ import annotations
 import json
 import os
 import sys
+from functools import partial
 from importlib import import_module
 from typing import Any
 
 
 def mend() -> None:
-    """Correct what Triton 3.6's interpreter gets wrong.
+    """Correct what Triton 3.6's interpreter gets wrong, and have gluon.py run kernels in Gluon.
 
     It makes an index of an array of one number, which numpy 2.4 refuses. It keeps bfloat16 as
     integers, which its matrix products then multiply, and it cuts digits off instead of rounding.
     """
+    import gluon as emulator
     import torch
     import triton.language as tl
+    from triton.experimental import gluon
     from triton.runtime import interpreter
 
+    gluon.jit = emulator.jit
     builder = interpreter.InterpreterBuilder
     patch, dot, cast = interpreter._patch_lang_tensor, builder.create_dot, builder.cast_impl
 
@@ -59,10 +64,6 @@ def run(kernel: str) -> None:
     launches = import_module("longscan.proof.launches")
     small = [c for c in proof.cases(kernel) if c.quick]
     proof.direct(kernel)
-    how = import_module("longscan.proof.kernels").KERNELS[kernel]
-    if hasattr(import_module(f"longscan.kernels.{how.module or kernel}"), "gluon"):
-        print(json.dumps({"skip": "written in Gluon, which has no interpreter"}))
-        small = []
     for case in small:
         for dtype in case.dtypes if case is small[0] else ("fp32",):
             done = command.perform(command.Task(kernel, case.name, dtype, "cpu"))
@@ -98,10 +99,28 @@ def compiled(mixer: str) -> None:
         print(json.dumps({"batch": batch, "length": length, "error": max(far)}), flush=True)
 
 
+def pieces() -> None:
+    """`selective` where sequences are cut into pieces, which few sequences of a GPU's size are."""
+    proof, compare = import_module("longscan.proof"), import_module("longscan.proof.compare")
+    launches = import_module("longscan.proof.launches")
+    make = partial(import_module("longscan.proof.channels").selective_arguments, n=4)
+    proof.direct("selective")  # imports the launcher, whose tables are watched
+    import_module("longscan.ops._selective_fused")._size = lambda *_: 64
+    packed = {"batch": 1, "length": 203, "cu": (0, 1, 70, 203), "channels": 9}
+    for name, options in {"equal": {"length": 150, "channels": 20}, "packed": packed}.items():
+        case, seen = proof.Case(name, partial(make, **options)), launches.Launches()
+        with seen.watched():
+            what, size = compare.worst(compare.prove("selective", case, "bf16", "cpu"))
+        line = {"case": name, "what": what, "error": size, "ran": sorted(seen.names)}
+        print(json.dumps(line), flush=True)
+
+
 if __name__ == "__main__":
     os.environ["TRITON_INTERPRET"] = "1"
     mend()
     if sys.argv[1] == "compiled":
         compiled(sys.argv[2])
+    elif sys.argv[1] == "pieces":
+        pieces()
     else:
         run(sys.argv[1])
