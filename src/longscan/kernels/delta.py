@@ -13,8 +13,9 @@ dv = diag(beta) Z and dbeta = rowsum(Z * E).
 
 `scan` and `passes` go through the chunks of a sequence for one tile of columns of v, with the
 transposed state [V, K] in registers: all that depends on the state is then a left operand, which
-tensor cores take from registers, and all right operands come from memory. `gradients` runs all
-chunks at once from the states and gradients of states between them.
+tensor cores take from registers, and all right operands come from memory. `delta_gradients` runs
+all chunks at once from the states and gradients of states between them; where there are enough wide
+heads, `delta_reverse` needs the forward half of `passes` alone.
 
 Few sequences leave multiprocessors idle, and are cut into segments. `maps` finds what each makes of
 a state S, A S + U, all at once; `combine` has the states between segments of these, and the scans
@@ -152,16 +153,19 @@ def solve(
     blocks = tl.sum(tl.where(on, tl.reshape(low, [NB, BLOCK, NB, BLOCK]), 0.0), 2)
     low = tl.where(r > c, low, 0.0)
     inside = tl.arange(0, BLOCK)
-    r3, c3 = inside[None, :, None], inside[None, None, :]
-    upper = tl.where(r3 < c3, blocks, 0.0)  # row r of column c is L0_cr
-    be3 = tl.reshape(be, [NB, BLOCK])[:, :, None]
-    a3 = tl.where(r3 == c3, 1.0, tl.zeros([NB, BLOCK, BLOCK], tl.float32))  # I + diag(beta) G
-    g3 = tl.zeros([NB, BLOCK, BLOCK], tl.float32)
-    for s in range(1, BLOCK):
-        this = tl.sum(tl.where(c3 == s, upper, 0.0), 2)
-        row = -tl.sum(this[:, :, None] * a3, 1)[:, None, :]
+    # [rows, columns, blocks]: a thread has the rows of a column, and sums over them.
+    r3, c3 = inside[:, None, None], inside[None, :, None]
+    blocks = tl.permute(blocks, (2, 1, 0))
+    be3 = tl.trans(tl.reshape(be, [NB, BLOCK]))[:, None, :]
+    a3 = tl.where(r3 == c3, 1.0, tl.zeros([BLOCK, BLOCK, NB], tl.float32))  # I + diag(beta) G
+    g3 = tl.zeros([BLOCK, BLOCK, NB], tl.float32)
+    for s in tl.static_range(1, BLOCK):
+        this = tl.gather(blocks, tl.full([BLOCK, 1, NB], s, tl.int32), 1)  # row s of L0
+        # L0 is zero from s on. That x + -0.0 is x the compiler knows, and leaves these rows out.
+        row = -tl.sum(tl.where(r3 < s, this * a3, -0.0), 0)[None, :, :]
         g3 = tl.where(r3 == s, row, g3)
         a3 = tl.where(r3 == s, a3 + be3 * row, a3)
+    g3 = tl.permute(g3, (2, 0, 1))
     out = tl.reshape(tl.where(on, g3[:, :, None, :], 0.0), [C, C])
     if BLOCK < 16:
         out = _merge(out, low, be[:, None], be[None, :], r, c, 8, MERGE)
@@ -188,13 +192,15 @@ def _forth(
     BV: tl.constexpr, C: tl.constexpr, STEPS: tl.constexpr, GATED: tl.constexpr,
     ENTERS: tl.constexpr, READ: tl.constexpr, KEEP: tl.constexpr, EVERY: tl.constexpr,
     DT: tl.constexpr, PRECISION: tl.constexpr, MAP: tl.constexpr = False,
+    CUT: tl.constexpr = False,
 ):  # fmt: skip
     """Through the chunks of a sequence, for one head and BV columns of v.
 
-    ENTERS: whether a state enters. READ: write o and the final state; KEEP: write the errors
-    e [N, H, V] and the state [V, K] that enters each piece of EVERY chunks. MAP: of a segment, U as
-    its final state, and A^T as states [m, H, K, K], from tiles of columns beyond those of v, where
-    the identity enters and nothing is written; first: what `_segment` reads.
+    ENTERS: whether a state enters. READ: write o and the final state, CUT: only that of a last
+    segment, for its sequence; KEEP: write the errors e [N, H, V] and the state [V, K] that enters
+    each piece of EVERY chunks. MAP: of a segment, U as its final state, and A as states, from
+    tiles of columns beyond those of v, where the identity enters and nothing is written; first,
+    CUT or MAP: what `_segment` reads.
     """
     OWN: tl.constexpr = (V + BV - 1) // BV
     TILES: tl.constexpr = OWN + ((K + BV - 1) // BV if MAP else 0)
@@ -276,11 +282,17 @@ def _forth(
         # Not accumulated in s: a product still running when the next iteration begins makes the
         # compiler wait for each product in turn.
         s = tl.fma(s, decay, _dot(wrong.to(DT), x, None, PRECISION))
-    if READ or MAP:
-        _put_columns(final + (row * H + h) * K * V, s, kk, every, V, vv, V, WIDE)
     if MAP:
-        of = vv - OWN * BV
-        _put_rows(states + (row * H + h) * K * K, s, of, (of >= 0) & (of < K), K, kk, K, BK)
+        by, of, kept = states + (row * H + h) * 2 * K * K, vv - OWN * BV, every & (v0 >= OWN * BV)
+        high = s.to(states.dtype.element_ty)
+        _put_columns(by, high, kk, kept, K, of, K, WIDE)
+        _put_columns(by + K * K, s - high.to(tl.float32), kk, kept, K, of, K, WIDE)
+    if READ or MAP:
+        goes, kept = row, every
+        if CUT:
+            goes, _, ends = _segment(first, row)
+            kept = every & ends
+        _put_columns(final + (goes * H + h) * K * V, s, kk, kept, V, vv, V, WIDE)
 
 
 @triton.jit
@@ -366,15 +378,15 @@ def _back(
 @entry
 @triton.jit(do_not_specialize=["N"])
 def scan(
-    q, k, v, g, factors, state, o, final, starts, N,
+    q, k, v, g, factors, state, o, final, starts, segments, N,
     H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
     BV: tl.constexpr, C: tl.constexpr, STEPS: tl.constexpr, GATED: tl.constexpr,
-    ENTERS: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
+    ENTERS: tl.constexpr, CUT: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Outputs and final states."""
+    """Outputs and final states of sequences, or CUT of segments and of their sequences."""
     _forth(
-        tl.program_id(0).to(tl.int64), q, k, v, g, factors, state, o, o, o, final, starts, starts,
-        N, H, HK, K, V, BK, BV, C, STEPS, GATED, ENTERS, True, False, 1, DT, PRECISION,
+        tl.program_id(0).to(tl.int64), q, k, v, g, factors, state, o, o, o, final, starts, segments,
+        N, H, HK, K, V, BK, BV, C, STEPS, GATED, ENTERS, True, False, 1, DT, PRECISION, False, CUT,
     )  # fmt: skip
 
 
@@ -415,9 +427,9 @@ def maps(
     BV: tl.constexpr, C: tl.constexpr, STEPS: tl.constexpr, GATED: tl.constexpr,
     ENTERS: tl.constexpr, REVERSE: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What segments make of states: sums [m, H, K, V] is U and a [m, H, K, K] is A^T, or REVERSE
-    sums is W. The state that enters the first segment of a sequence is in its U, and the gradient
-    of that which leaves the last in its W.
+    """What segments make of states: sums [m, H, K, V] is U and a [m, H, 2, K, K] is A, rounded and
+    what that leaves, or REVERSE sums is W. The state that enters the first segment of a sequence is
+    in its U, and the gradient of that which leaves the last in its W.
     """
     pid = tl.program_id(0).to(tl.int64)
     if REVERSE:
@@ -437,12 +449,13 @@ def maps(
 def combine(
     a, sums, start, out, first,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    ENTERS: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
+    ENTERS: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """The states that enter segments, or REVERSE the gradients of those that leave them.
 
     first [rows + 1]: the first segment of each sequence; start [rows, H, K, V] enters there, or at
-    its last segment, if ENTERS.
+    its last segment, if ENTERS. States and maps are multiplied in two parts of bfloat16 each, which
+    leaves an error of 2^-16 of a product.
     """
     TILES: tl.constexpr = (V + BV - 1) // BV
     WIDE: tl.constexpr = TILES * BV
@@ -456,234 +469,30 @@ def combine(
     if REVERSE:
         at += count - 1
         way = -1
-    s = tl.zeros([BV, BK], tl.float32)
-    if ENTERS:
-        s = _columns(start + (row * H + h) * K * V, kk, every, V, vv, V, WIDE).to(tl.float32)
-    _put_columns(out + (at * H + h) * K * V, s, kk, every, V, vv, V, WIDE)
     # The sums of the first segment hold what entered there.
-    s = tl.zeros([BV, BK], tl.float32)
-    for i in range(1, count):
-        more = _columns(sums + (at * H + h) * K * V, kk, every, V, vv, V, WIDE)
-        by, ok = a + (at * H + h) * K * K, every & (i > 1)
+    s = _columns(sums + (at * H + h) * K * V, kk, every & (count > 1), V, vv, V, WIDE)
+    ahead = _columns(sums + ((at + way) * H + h) * K * V, kk, every & (count > 2), V, vv, V, WIDE)
+    begin = tl.zeros([BV, BK], tl.float32)
+    if ENTERS:
+        begin = _columns(start + (row * H + h) * K * V, kk, every, V, vv, V, WIDE).to(tl.float32)
+    _put_columns(out + (at * H + h) * K * V, begin, kk, every, V, vv, V, WIDE)
+    at += way
+    _put_columns(out + (at * H + h) * K * V, s, kk, every & (count > 1), V, vv, V, WIDE)
+    for i in range(2, count):
+        more = ahead
+        by = a + (at * H + h) * 2 * K * K
         if REVERSE:
-            m = _columns(by, kk, ok, K, kk, K, BK)
+            m = _rows(by, kk, every, K, kk, K, BK)
+            rest = _rows(by + K * K, kk, every, K, kk, K, BK)
         else:
-            m = _rows(by, kk, ok, K, kk, K, BK)
-        s = _dot(s, m, more, PRECISION)
+            m = _columns(by, kk, every, K, kk, K, BK)
+            rest = _columns(by + K * K, kk, every, K, kk, K, BK)
         at += way
+        ok = every & (i + 1 < count)
+        ahead = _columns(sums + (at * H + h) * K * V, kk, ok, V, vv, V, WIDE)
+        high = s.to(a.dtype.element_ty)
+        low = (s - high.to(tl.float32)).to(a.dtype.element_ty)
+        s = tl.dot(high, rest, more)
+        s = tl.dot(low, m, s)
+        s = tl.dot(high, m, s)
         _put_columns(out + (at * H + h) * K * V, s, kk, every, V, vv, V, WIDE)
-
-
-@triton.jit
-def _sums(by, i, ok, n, ROWS: tl.constexpr, EVERY: tl.constexpr):
-    """b of the rows of a piece of one or two chunks, and at its end, from b of each chunk."""
-    b = tl.load(by + i, mask=ok, other=0.0)
-    last = tl.load(by + n - 1, mask=n > 0, other=0.0)
-    if EVERY > 1:
-        more = tl.load(by + ROWS - 1, mask=n > ROWS, other=0.0)
-        b += tl.where(i >= ROWS, more, 0.0)
-        last += more
-    return b, last
-
-
-@triton.jit
-def _by_queries(
-    q, k, factors, do, e, states, leaving, dq, parts, step, piece, begin, n, tile, hk, N,
-    H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
-    BV: tl.constexpr, C: tl.constexpr, STEPS: tl.constexpr, GATED: tl.constexpr,
-    EVERY: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """dq; for `decays` what b of each row gets by the queries, and what b of all rows gets by the
-    state that enters, of which each channel has a part.
-    """
-    ROWS: tl.constexpr = C // EVERY // STEPS * STEPS
-    WIDE_K: tl.constexpr = (K + BK - 1) // BK * BK
-    WIDE: tl.constexpr = (V + BV - 1) // BV * BV
-    i, kk = tl.arange(0, C), tile * BK + tl.arange(0, BK)
-    ok = i < n
-    iq, okq = _queries(i, ok, STEPS)
-    r, c = i[:, None], i[None, :]
-    token = begin // STEPS
-    dy = tl.zeros([C, BK], tl.float32)
-    before = tl.zeros([C], tl.float32)
-    for group in range(H // HK):
-        h = hk * (H // HK) + group
-        by = factors + h * N + begin
-        beta = tl.load(by + i, mask=ok, other=0.0)
-        if GATED:
-            b, last = _sums(by + N.to(tl.int64) * H, i, ok, n, ROWS, EVERY)
-        x = _rows(k + (begin * HK + hk) * K, i, ok, HK * K, kk, K, WIDE_K).to(DT)
-        y = _rows(q + (token * HK + hk) * K, iq, okq, HK * K, kk, K, WIDE_K)
-        ds = tl.zeros([C, C], tl.float32)
-        part = tl.zeros([C, BK], tl.float32)
-        both = tl.zeros([BK, BK], tl.float32)
-        for v0 in range(0, V, BV):
-            vv = v0 + tl.arange(0, BV)
-            d = _rows(do + (token * H + h) * V, iq, okq, H * V, vv, V, WIDE).to(DT)
-            w = _rows(e + (begin * H + h) * V, i, ok, H * V, vv, V, WIDE)
-            s = _rows(states + (piece * H + h) * V * K, vv, vv < V, K, kk, K, WIDE_K)
-            ds = _dot(d, tl.trans(w), ds, PRECISION)
-            part = _dot(d, s, part, PRECISION)
-            if GATED:  # its trace is asked, but registers may not see what a pipelined loop loads
-                end = _rows(leaving + (piece * H + h) * V * K, vv, vv < V, K, kk, K, WIDE_K)
-                both = _dot(tl.trans(s), end, both, PRECISION)
-        ds *= beta[None, :]
-        if GATED:
-            ds *= _decays(b[:, None], b[None, :], r >= c)
-            part *= tl.exp2(b)[:, None]
-        else:
-            ds = tl.where(r >= c, ds, 0.0)
-        dy += _dot(ds.to(DT), x, part, PRECISION)
-        if GATED:
-            total = tl.sum(dy * y.to(tl.float32), 1)
-            kept = tl.sum(tl.where(kk[:, None] == kk[None, :], both, 0.0), 1)
-            to = parts + (piece * H + h) * C
-            tl.store(to + i, total - before)
-            tl.store(to + step + tl.arange(0, BK), tl.exp2(last) * kept)
-            before = total
-    _put_rows(dq + (token * HK + hk) * K, dy, iq, okq, HK * K, kk, K, WIDE_K)
-
-
-@triton.jit
-def _by_keys(
-    q, k, factors, do, e, zs, states, leaving, dk, dv, d_beta, parts, step, piece, begin, n, tile,
-    hk, N, H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
-    BV: tl.constexpr, C: tl.constexpr, STEPS: tl.constexpr, GATED: tl.constexpr,
-    EVERY: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """dk, dv and dbeta; for `decays` what b of each row gets by the keys, and what b of all rows
-    gets by the state that leaves, of which each row has written a part.
-    """
-    ROWS: tl.constexpr = C // EVERY // STEPS * STEPS
-    WIDE_K: tl.constexpr = (K + BK - 1) // BK * BK
-    WIDE: tl.constexpr = (V + BV - 1) // BV * BV
-    TILES: tl.constexpr = WIDE_K // BK
-    SHARE: tl.constexpr = triton.next_power_of_2((V + TILES - 1) // TILES)
-    i, kk = tl.arange(0, C), tile * BK + tl.arange(0, BK)
-    ok = i < n
-    iq, okq = _queries(i, ok, STEPS)
-    r, c = i[:, None], i[None, :]
-    token = begin // STEPS
-    dx = tl.zeros([C, BK], tl.float32)
-    for group in range(H // HK):
-        h = hk * (H // HK) + group
-        by = factors + h * N + begin
-        beta = tl.load(by + i, mask=ok, other=0.0)
-        # With M = Z V'^T, keys i and j < i meet in -M_ij: once in the gradient of k_i, once in
-        # that of k_j, for which another product finds M^T, as turning an accumulator is not safe.
-        m = tl.zeros([C, C], tl.float32)
-        turned = tl.zeros([C, C], tl.float32)
-        ds = tl.zeros([C, C], tl.float32)
-        asked = tl.zeros([C, BK], tl.float32)
-        sent = tl.zeros([C, BK], tl.float32)
-        for v0 in range(0, V, BV):
-            vv = v0 + tl.arange(0, BV)
-            u = _rows(zs + (begin * H + h) * V, i, ok, H * V, vv, V, WIDE)
-            w = _rows(e + (begin * H + h) * V, i, ok, H * V, vv, V, WIDE)
-            d = _rows(do + (token * H + h) * V, iq, okq, H * V, vv, V, WIDE).to(DT)
-            s = _rows(states + (piece * H + h) * V * K, vv, vv < V, K, kk, K, WIDE_K)
-            end = _rows(leaving + (piece * H + h) * V * K, vv, vv < V, K, kk, K, WIDE_K)
-            m = _dot(u, tl.trans(w), m, PRECISION)
-            turned = _dot(w, tl.trans(u), turned, PRECISION)
-            ds = _dot(w, tl.trans(d), ds, PRECISION)
-            asked = _dot(u, s, asked, PRECISION)
-            sent = _dot(w, end, sent, PRECISION)
-        x = _rows(k + (begin * HK + hk) * K, i, ok, HK * K, kk, K, WIDE_K).to(DT)
-        y = _rows(q + (token * HK + hk) * K, iq, okq, HK * K, kk, K, WIDE_K).to(DT)
-        diagonal = tl.sum(tl.where(r == c, m, 0.0), 1)
-        tl.store(d_beta + (begin + i) * H + h, diagonal, mask=ok & (tile == 0))
-        if GATED:
-            b, last = _sums(by + N.to(tl.int64) * H, i, ok, n, ROWS, EVERY)
-        m = tl.where(r > c, m, turned) * -beta[None, :]
-        at, leave = -beta, beta
-        scale = beta[:, None]
-        if GATED:
-            # The decay between two rows, whichever comes first.
-            scale *= tl.exp2(-tl.abs(b[:, None] - b[None, :]))
-            at *= tl.exp2(b)
-            leave *= tl.exp2(tl.minimum(last - b, 0.0))
-        m *= scale
-        ds = tl.where(r <= c, ds * scale, 0.0)
-        asked *= at[:, None]
-        sent *= leave[:, None]
-        if GATED:
-            wide = x.to(tl.float32)
-            to = parts + (piece * H + h) * C + i
-            tl.store(to + step, tl.sum(sent * wide, 1))
-        # What a key gets as the later of two rows, and as the earlier.
-        asked = _dot(tl.where(r > c, m, 0.0).to(DT), x, asked, PRECISION)
-        sent = _dot(tl.where(r < c, m, 0.0).to(DT), x, sent, PRECISION)
-        sent = _dot(ds.to(DT), y, sent, PRECISION)
-        # Each tile of channels writes its share of dv.
-        vv = tile * SHARE + tl.arange(0, SHARE)
-        u = _rows(zs + (begin * H + h) * V, i, ok, H * V, vv, V, SHARE * TILES)
-        given = u.to(tl.float32) * beta[:, None]
-        _put_rows(dv + (begin * H + h) * V, given, i, ok, H * V, vv, V, SHARE * TILES)
-        dx += asked + sent
-        if GATED:
-            # So b of its row enters with a plus and with a minus, and as both use the same rounded
-            # numbers, errors cancel in the sums over time.
-            tl.store(to, tl.sum((asked - sent) * wide, 1))
-    _put_rows(dk + (begin * HK + hk) * K, dx, i, ok, HK * K, kk, K, WIDE_K)
-
-
-@entry
-@triton.jit(do_not_specialize=["N", "step"])
-def gradients(
-    q, k, factors, do, e, zs, states, leaving, dq, dk, dv, d_beta, parts, table, N, step,
-    H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
-    BV: tl.constexpr, C: tl.constexpr, STEPS: tl.constexpr, GATED: tl.constexpr,
-    EVERY: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """dq, dk, dv, dbeta of one piece of C rows, for BK channels of a key head.
-
-    One program for what comes by the keys and one for what comes by the queries. parts [tiles of
-    channels, 2 roles, 2, pieces, H, C] is for `decays`, as sums over rows wait for all warps. step:
-    pieces * H * C.
-    """
-    PROGRAMS: tl.constexpr = (K + BK - 1) // BK * 2
-    pid = tl.program_id(0)
-    which, at = pid % PROGRAMS, pid // PROGRAMS
-    role, tile = which % 2, which // 2
-    hk, piece = (at % HK).to(tl.int64), (at // HK).to(tl.int64)
-    begin = tl.load(table + piece * 3 + 1) * STEPS
-    n = (tl.load(table + piece * 3 + 2) * STEPS - begin).to(tl.int32)
-    step = step.to(tl.int64)
-    parts += which * 2 * step
-    if role == 0:
-        _by_keys(
-            q, k, factors, do, e, zs, states, leaving, dk, dv, d_beta, parts, step, piece, begin,
-            n, tile, hk, N, H, HK, K, V, BK, BV, C, STEPS, GATED, EVERY, DT, PRECISION,
-        )  # fmt: skip
-    else:
-        _by_queries(
-            q, k, factors, do, e, states, leaving, dq, parts, step, piece, begin, n, tile,
-            hk, N, H, HK, K, V, BK, BV, C, STEPS, GATED, EVERY, DT, PRECISION,
-        )  # fmt: skip
-
-
-@entry
-@triton.jit(do_not_specialize=["step"])
-def decays(
-    parts, d_log_a, table, step,
-    H: tl.constexpr, TILES: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, STEPS: tl.constexpr,
-):  # fmt: skip
-    """dlog_a of one piece and head from what `gradients` left of it.
-
-    A log_a enters b of its row and of all later ones. The sums over time end with the piece, so
-    that no rounding error travels further.
-    """
-    pid = tl.program_id(0).to(tl.int64)
-    piece, h = pid // H, pid % H
-    begin = tl.load(table + piece * 3 + 1)
-    n = (tl.load(table + piece * 3 + 2) - begin).to(tl.int32) * STEPS
-    i, step = tl.arange(0, C), step.to(tl.int64)
-    parts += pid * C + i
-    db, kept = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
-    for _ in tl.static_range(TILES):
-        db += tl.load(parts) + tl.load(parts + 2 * step)
-        kept += tl.load(parts + step) + tl.load(parts + 3 * step, mask=i < BK, other=0.0)
-        parts += 4 * step
-    da = tl.cumsum(db, 0, reverse=True) + tl.sum(kept, 0)
-    to = d_log_a + (begin + i // STEPS) * H + h
-    tl.store(to, da, mask=(i < n) & (i % STEPS == 0))

@@ -52,8 +52,8 @@ class Launches(NamedTuple):
 # (K up to, V up to, whether in bfloat16) -> launches; compiled for an H100 without heavy spills.
 LAUNCHES = {
     (128, 256, True): Launches(
-        32, 2, "tf32", Launch(16, 1, 1), Launch(64, 4, 3), Launch(64, 4, 3), Launch(32, 4, 3, 64),
-        maps=Launch(64, 4, 3, registers=168),
+        32, 2, "tf32", Launch(16, 1, 1, registers=128), Launch(64, 4, 3), Launch(64, 4, 3),
+        Launch(32, 4, 3, 64), maps=Launch(64, 4, 3, registers=168),
     ),
     (256, 256, True): Launches(
         32, 2, "tf32", Launch(16, 1, 1), Launch(32, 4, 2), Launch(32, 8, 2), Launch(32, 4, 3, 64)
@@ -66,12 +66,18 @@ LAUNCHES = {
 # Scans take half as many columns of v where their programs would leave half an H100 idle.
 FEW = 66
 
-# About so many programs of a scan come of all segments: two for each multiprocessor of an H100.
+# So many programs of a scan of all segments, and ROOM of their maps, an H100 runs at once, two and
+# three on a multiprocessor; a few more would wait for all these.
 # Maps cost about as much as the scan itself, and a launch more: fewer segments of a sequence than
 # LEAST, or of fewer chunks than SHORTEST, gain nothing.
 FULL = 264
+ROOM = 396
 LEAST = 4
 SHORTEST = 16
+
+# `reverse` has one program for a sequence and head, of which a multiprocessor holds one: with half
+# an H100 busy it is still ahead.
+ENOUGH = 64
 
 
 def launches(d_key: int, d_value: int, dtype: torch.dtype) -> Launches:
@@ -131,13 +137,12 @@ def delta_fused(
 
 class _Cut(NamedTuple):
     """Segments: the launch of their maps; what kernels read of each (see `_cut`); the first of each
-    sequence and their number; the first and the last of each sequence."""
+    sequence, with their number and without."""
 
     launch: Launch
     codes: Tensor
     first: Tensor
     begins: Tensor
-    ends: Tensor
 
 
 class _Case(NamedTuple):
@@ -158,9 +163,9 @@ def _padded(n: int) -> int:
     return max(16, 1 << (n - 1).bit_length())
 
 
-@lru_cache(maxsize=1)
-def _kernels() -> Any:
-    return import_module("longscan.kernels.delta")
+@lru_cache(maxsize=4)
+def _kernels(part: str = "") -> Any:
+    return import_module(f"longscan.kernels.delta{part}")
 
 
 @lru_cache(maxsize=64)
@@ -192,7 +197,7 @@ def _case(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor | None, cu: Tensor | No
     table, first = pieces(batch, length, tokens * launch.every, cu, device)
     chunks = table if launch.every == 1 else pieces(batch, length, tokens, cu, device)[0]
     begins, cut = starts(batch, length, cu, device), None
-    size, count = _segments(launch, batch, length, heads, d_value, n, cu)
+    size, count = _segments(launch, batch, length, heads, shape[-1], d_value, n, cu)
     if count and launch.maps is not None:
         given = launch.maps, batch, length, size, tokens * launch.every, cu, device
         if cu is None:
@@ -209,6 +214,7 @@ def _segments(
     batch: int,
     length: int,
     heads: int,
+    d_key: int,
     d_value: int,
     steps: int,
     cu_seqlens: Tensor | None,
@@ -220,12 +226,17 @@ def _segments(
     if launch.maps is None:
         return 0, 0
     rows = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    each = heads * -(-d_value // launch.scan.tile)
-    if rows * each > launch.few:
+    own, keys = -(-d_value // launch.maps.tile), -(-d_key // launch.maps.tile)
+    if rows * heads * own > launch.few:
         return 0, 0
+    # A last segment has neither U nor A, a first no A.
+    mapped = (ROOM // heads + rows * (own + 2 * keys)) // (own + keys)
+    most = max(min(FULL // (heads * own), mapped), LEAST * rows)
+    # Each of the packed sequences but one may end in a segment that is not full.
+    most = most // rows * rows if cu_seqlens is None else most - rows + 1
     unit = launch.chunk // steps * launch.every
     size = -(-SHORTEST // launch.every) * unit
-    size = max(size, -(-batch * length // (FULL // each * unit)) * unit)
+    size = max(size, -(-batch * length // (most * unit)) * unit)
     if length <= (LEAST - 1) * size:
         return 0, 0
     return size, batch * -(-length // size) if cu_seqlens is None else length // size + rows
@@ -252,7 +263,7 @@ def _cut(
     return (
         torch.cat([begin, end[-1:]]),
         before[row] + (begin - bounds[row]) // unit,
-        _Cut(launch, codes, first, first[:-1], first[1:] - 1),
+        _Cut(launch, codes, first, first[:-1]),
     )
 
 
@@ -284,9 +295,11 @@ def _solve(case: _Case, k, beta, log_a, g, factors, launch: Launch) -> None:
 def _scan(case: _Case, q, k, v, g, factors, state, o, final, launch: Launch) -> None:
     d_value = v.shape[-1]
     tile, programs = _columns(case, d_value, launch)
+    codes = case.starts if case.cut is None else case.cut.codes
     _kernels().scan[(programs,)](
-        q, k, v, g, factors, k if state is None else state, o, final, case.starts, case.rows,
-        V=d_value, BV=tile, ENTERS=state is not None, **case.common, **_options(launch),
+        q, k, v, g, factors, k if state is None else state, o, final, case.starts, codes, case.rows,
+        V=d_value, BV=tile, ENTERS=state is not None, CUT=case.cut is not None, **case.common,
+        **_options(launch),
     )  # fmt: skip
 
 
@@ -305,10 +318,10 @@ def _maps(case: _Case, cut: _Cut, q, k, v, g, factors, state, do, sums, a, rever
 
 def _combine(case: _Case, cut: _Cut, a, sums, start, out, reverse: bool) -> None:
     d_key, d_value = a.shape[-1], sums.shape[-1]
-    _kernels().combine[(cut.begins.shape[0] * case.heads * -(-d_value // 16),)](
+    _kernels().combine[(cut.begins.shape[0] * case.heads * -(-d_value // 32),)](
         a, sums, sums if start is None else start, out, cut.first, H=case.heads, K=d_key,
-        V=d_value, BK=_padded(d_key), BV=16, ENTERS=start is not None, REVERSE=reverse,
-        PRECISION="tf32x3", num_warps=8, num_stages=3,
+        V=d_value, BK=_padded(d_key), BV=32, ENTERS=start is not None, REVERSE=reverse,
+        num_warps=8, num_stages=3,
     )  # fmt: skip
 
 
@@ -347,7 +360,7 @@ def _last(
     step = count * case.heads * rows
     parts = factors.new_empty(4 * tiles * step) if gated else factors
     constants = {**case.common, "BK": tile, "C": rows}
-    _kernels().gradients[(count * k.shape[-2] * tiles * 2,)](
+    _kernels("_gradients").gradients[(count * k.shape[-2] * tiles * 2,)](
         q, k, factors, do, e, zs, states, leaving, dq, dk, dv, d_beta, parts, case.table,
         case.rows, step, V=d_value, BV=min(_padded(d_value), launch.tile), EVERY=every,
         **constants, **_options(launch),
@@ -355,9 +368,49 @@ def _last(
     if not gated:
         return dq, dk, dv, d_beta, factors.new_empty(0, *do.shape[:-1])
     d_log_a = torch.empty_like(log_a, memory_format=torch.contiguous_format)
-    _kernels().decays[(count * case.heads,)](
+    _kernels("_gradients").decays[(count * case.heads,)](
         parts, d_log_a, case.table, step, H=case.heads, TILES=tiles, BK=tile, C=rows,
         STEPS=case.common["STEPS"], num_warps=1,
+    )  # fmt: skip
+    return dq, dk, dv, d_beta, d_log_a
+
+
+@lru_cache(maxsize=64)
+def _hopper(device: torch.device) -> bool:
+    """Whether it has the products of `reverse`."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
+def _reverses(case: _Case, q, k, do) -> bool:
+    """Whether `reverse` takes this case: wide heads, rows of whole 16 bytes, many programs."""
+    d_key, d_value = k.shape[-1], do.shape[-1]
+    return (
+        32 < d_key <= 128
+        and 64 < d_value <= 128
+        and d_key % 8 == d_value % 8 == 0
+        and k.dtype is torch.bfloat16
+        and k.shape[-2] == case.heads
+        and case.common["STEPS"] == 1
+        and (case.starts.shape[0] - 1) * case.heads >= ENOUGH
+        and (q.data_ptr() | k.data_ptr() | do.data_ptr()) % 16 == 0
+        and _hopper(k.device)
+    )
+
+
+def _reverse(
+    case: _Case, q, k, beta, log_a, g, factors, do, d_final, e, states, d_state
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As `_last`, from the states and errors alone; and d_state."""
+    gated, d_value = log_a is not None, do.shape[-1]
+    dq, dk, dv, d_beta = (torch.empty_like(x) for x in (q, k, do, beta))
+    d_log_a = factors.new_empty(0, *do.shape[:-1])
+    if gated:
+        d_log_a = torch.empty_like(log_a, memory_format=torch.contiguous_format)
+    _kernels("_reverse").reverse[((case.starts.shape[0] - 1) * case.heads,)](
+        q, k, g, factors, do, states if d_final is None else d_final, e, states, dq, dk, dv,
+        d_beta, d_log_a if gated else factors, d_state, case.starts, case.first, case.rows,
+        H=case.heads, K=case.common["K"], V=d_value, BK=case.common["BK"], GATED=gated,
+        ENDS=d_final is not None, num_warps=8,
     )  # fmt: skip
     return dq, dk, dv, d_beta, d_log_a
 
@@ -389,8 +442,8 @@ def _forward(
     sums = torch.empty_like(enter)
     _maps(case, cut, q, k, v, g, factors, state, o, sums, a, False)
     _combine(case, cut, a, sums, state, enter, False)
-    _scan(case, q, k, v, g, factors, enter, o, sums, launch.scan)  # final states in place of sums
-    return o, sums[cut.ends], g, factors, enter, a
+    _scan(case, q, k, v, g, factors, enter, o, final, launch.scan)
+    return o, final, g, factors, enter, a
 
 
 def _fake(q, k, v, beta, log_a, state, cu_seqlens):
@@ -399,7 +452,7 @@ def _fake(q, k, v, beta, log_a, state, cu_seqlens):
     rows = batch * length * (v.shape[2] if v.ndim == 5 else 1)
     launch = launches(k.shape[-1], d_value, v.dtype)
     _, count = _segments(
-        launch, batch, length, heads, d_value, rows // (batch * length), cu_seqlens
+        launch, batch, length, heads, k.shape[-1], d_value, rows // (batch * length), cu_seqlens
     )
     if cu_seqlens is not None:
         batch = cu_seqlens.shape[0] - 1
@@ -408,7 +461,9 @@ def _fake(q, k, v, beta, log_a, state, cu_seqlens):
     g = v.new_empty(rows, heads, launch.chunk, dtype=_scratch(v))
     factors = final.new_empty(1 if log_a is None else 2, heads, rows)
     enter = final.new_empty(count, *final.shape[1:])
-    return o, final, g, factors, enter, final.new_empty(count, heads, k.shape[-1], k.shape[-1])
+    # In two parts, see `maps`.
+    a = g.new_empty(count, heads, 2, k.shape[-1], k.shape[-1])
+    return o, final, g, factors, enter, a
 
 
 def _backward(
@@ -433,22 +488,30 @@ def _backward(
     case, dtype = _case(q, k, v, log_a, cu_seqlens), _scratch(v)
     cut = case.cut
     d_key, d_value, launch = k.shape[-1], v.shape[-1], case.launch
-    # The errors and the states that enter pieces, forward; Z and the states' gradients, backward.
+    # The errors and the states that enter pieces, forward.
     e = torch.empty_like(v, dtype=dtype)
-    zs = torch.empty_like(e)
     states = e.new_empty(case.table.shape[0], case.heads, d_value, d_key)
-    leaving = torch.empty_like(states)
     d_state = factors.new_empty(case.starts.shape[0] - 1, case.heads, d_key, d_value)
     if cut is not None:
         state, leave = enter, torch.empty_like(d_state)
         _maps(case, cut, q, k, v, g, factors, d_final, do, d_state, a, True)
         _combine(case, cut, a, d_state, d_final, leave, True)
         d_final = leave
-    _passes(
-        case, q, k, v, g, factors, state, do, d_final, e, states, zs, leaving, d_state,
-        launch.passes, (2,) if launch.together else (0, 1),
-    )  # fmt: skip
-    grads = _last(case, q, k, beta, factors, do, e, zs, states, leaving, log_a, launch.gradients)
+    if _reverses(case, q, k, do):
+        _passes(
+            case, q, k, v, g, factors, state, do, d_final, e, states, e, states, d_state,
+            launch.passes, (0,),
+        )  # fmt: skip
+        grads = _reverse(case, q, k, beta, log_a, g, factors, do, d_final, e, states, d_state)
+    else:  # Z and the states' gradients between pieces, backward, and then all gradients
+        zs, leaving = torch.empty_like(e), torch.empty_like(states)
+        _passes(
+            case, q, k, v, g, factors, state, do, d_final, e, states, zs, leaving, d_state,
+            launch.passes, (2,) if launch.together else (0, 1),
+        )  # fmt: skip
+        grads = _last(
+            case, q, k, beta, factors, do, e, zs, states, leaving, log_a, launch.gradients
+        )
     if cut is not None:
         d_state = d_state[cut.begins]
     return *grads, d_state.to(kind)

@@ -19,8 +19,8 @@ def glu(x: Tensor, activation: str = "silu") -> Tensor:
 
     Shapes: x [..., 2 F]; y [..., F]. activation: silu (SwiGLU) or gelu (GEGLU, with the exact
     error function).
-    Precision: in x's dtype; by a kernel in float32, rounded once. LONGSCAN_BACKEND decides as it
-    does for the norms; a compiler makes a kernel of its own.
+    Precision: in x's dtype; by a kernel in float32, rounded once. LONGSCAN_BACKEND decides; a
+    compiler makes a kernel of its own.
     Raises: ValueError for another activation, or where there is no gate for each number.
     Source: Shazeer, arXiv 2002.05202.
     """
@@ -28,7 +28,7 @@ def glu(x: Tensor, activation: str = "silu") -> Tensor:
         raise ValueError(f'activation must be "silu" or "gelu", not {activation!r}')
     if x.shape[-1] % 2:
         raise ValueError(f"gates and values must be as many: x has {x.shape[-1]} columns")
-    if not torch.compiler.is_compiling() and by_kernel("norm", x, lambda: glu_fits(x)):
+    if not torch.compiler.is_compiling() and by_kernel("glu", x, lambda: glu_fits(x)):
         return glu_fused(x, activation)
     gate, up = x.chunk(2, -1)
     return ACTIVATIONS[activation](gate) * up

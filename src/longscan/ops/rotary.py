@@ -187,7 +187,7 @@ def rotary_heads(
 def _fused(x: Tensor, d_head: int, cos: Tensor | None, sin: Tensor | None) -> bool:
     if torch.compiler.is_compiling():  # which makes kernels of its own, with what is around
         return False
-    return by_kernel("norm", x, lambda: rotary_fits(x, d_head, cos, sin))
+    return by_kernel("rotary", x, lambda: rotary_fits(x, d_head, cos, sin))
 
 
 __all__ = ["rotary", "rotary_at", "rotary_factors", "rotary_heads"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import cache, partial
+from itertools import chain
 
 from longscan.proof.case import Case
 from longscan.proof.channels import (
@@ -31,13 +32,14 @@ from longscan.proof.heads import (
     delta_cases,
     head_cases,
     mlstm_cases,
+    wide_delta_cases,
 )  # fmt: skip
 from longscan.proof.recurrent import slstm_cases
 
 CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "decay": decay_cases,
     "decay_keys": lambda: head_cases(partial(decay_arguments, per_key=True), KEY_GATES),
-    "delta": lambda: delta_cases(delta_arguments, SCALAR_GATES),
+    "delta": lambda: chain(delta_cases(delta_arguments, SCALAR_GATES), wide_delta_cases()),
     "delta_keys": lambda: delta_cases(partial(delta_arguments, per_key=True), KEY_GATES),
     "selective": selective_cases,
     "selective_mamba": mamba_cases,

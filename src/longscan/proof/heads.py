@@ -195,6 +195,37 @@ def delta_cases(make: Callable[..., Arguments], kinds: tuple[str, ...]) -> Itera
     yield Case("small beta 2", partial(make, size=small, gate="usual", beta="2"), quick=True)
 
 
+def wide_delta_cases() -> Iterator[Case]:
+    """Enough wide heads for the backward that is one kernel: in bfloat16, more than 66 of them."""
+
+    def case(name: str, size: Size, gate: str = "mixed", floor: float = 0.0, **more: Any) -> Case:
+        own = {k: more.pop(k) for k in list(more) if k in ("state", "beta", "repeated")}
+        make = partial(delta_arguments, size=size, gate=gate, **own)
+        return Case(f"{name}, wide", make, dtypes=("bf16",), group=f"{size.key}x{size.value} wide",
+                    floor=floor, **more)  # fmt: skip
+
+    wide = Size(batch=17, heads=4, key=128, value=128)
+    for length in (1, 31, 32, 33, 63, 64, 65, 96, 97, 127, 128, 129):
+        yield case(f"T={length}", replace(wide, length=length), optional=length == 1)
+    for name, cu in PACKED.items():
+        yield case(f"packed {name}", replace(wide, heads=18).packed(cu))
+    for kind in SCALAR_GATES:
+        yield case(f"gate {kind}", wide, kind, 1.0 if kind in ("erased", "sharp") else 0.0)
+    for key, value in ((40, 72), (64, 128), (96, 80), (128, 104), (72, 120)):
+        yield case(f"K={key} V={value}", replace(wide, length=70, key=key, value=value))
+    yield case("no state", wide, state=False)
+    yield case("no gradient of the final state", wide, final=False)
+    yield case("neither", wide, state=False, final=False)
+    yield case("views", wide, strided=True)
+    for beta in ("0", "2", "two"):
+        yield case(f"beta {beta}", wide, "usual", beta=beta)
+    yield case("one key", wide, "usual", repeated=True)
+    for kind in ("usual", "near"):
+        yield case(f"T=2048 {kind}", replace(wide, length=2048, batch=5, heads=16), kind)
+        yield case(f"T=4096 {kind}", replace(wide, length=4096, batch=1, heads=16), kind)
+    yield case("packed, split", replace(wide, heads=8).packed([0, 7, 4103, 4200]), "near")
+
+
 # --- mLSTM ----------------------------------------------------------------------------------
 
 
