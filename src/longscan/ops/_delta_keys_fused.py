@@ -54,7 +54,7 @@ WIDE = Tile(32, 4, 1)
 LAUNCHES = {
     (64, True): Launch(64, THREE, FIVE, Tile(64, 4, 2), Tile(64, 4, 2), Tile(64, 4, 1), THREE, 64),
     (128, True): Launch(
-        64, THREE, FIVE, Tile(128, 8, 2), Tile(128, 8, 2), Tile(64, 4, 1), THREE, 64
+        64, THREE, FIVE, Tile(128, 8, 3), Tile(128, 8, 3), Tile(64, 4, 1), THREE, 64
     ),
     (256, True): Launch(64, THREE, FIVE, Tile(64, 8, 1), Tile(64, 8, 1), Tile(64, 4, 1), THREE, 64),
     (64, False): Launch(32, WIDE, WIDE, WIDE, WIDE, WIDE, WIDE, 32),
@@ -138,6 +138,7 @@ class _Shape:
         device: torch.device,
     ) -> None:
         self.kernels: Any = import_module("longscan.kernels.delta_keys")
+        self.reverse: Any = import_module("longscan.kernels.delta_keys_gradients")
         tl, launch = self.kernels.tl, _launch(d_key, wide)
         self.launch, self.chunk, self.d_value = launch, launch.chunk, d_value
         # What kernels pass on to each other. float16 could not hold all of it.
@@ -157,9 +158,12 @@ class _Shape:
         widest = _tile(d_key, WIDEST)
         far = {"KP": widest, "LEVELS": self.chunk.bit_length() - 1, "WIDE": wide, "GROUP": GROUP}
         self.prepare, self.decayed = (
-            {"BK": _tile(d_key, tile.columns), "SCORES": scores, **gated, **tile.options()}
+            {
+                "KP": widest, "BK": _tile(d_key, tile.columns), "SCORES": scores, **gated,
+                **tile.options(),
+            }
             for tile, scores in ((launch.prepare, True), (launch.decayed, False))
-        )
+        )  # fmt: skip
         tile = launch.prepare._replace(registers=None)
         self.far_scores = {"BK": _tile(d_key, tile.columns), **gated, **far, **tile.options()}
         self.scans = {**numbers, "K": d_key, "V": d_value, "BK": widest}
@@ -298,7 +302,7 @@ class _Call:
         shape, at, maps = self.shape, self.at, dv is None
         many = self.rows * self.heads
         tiles, constants = shape.scan(shape.backward, shape.launch.backward, many)
-        self.kernels.backward[(many * tiles,)](
+        shape.reverse.backward[(many * tiles,)](
             *decayed, beta, scores, inner, do, dstate if dfinal is None else dfinal,
             *((do, do, do) if maps else (dv, error, dstates)), dstate,
             at.starts, at.before, int(dfinal is not None), MAP=maps, **constants,
@@ -312,12 +316,13 @@ class _Call:
         )  # fmt: skip
 
     def pairs(self, *tensors: Tensor) -> None:
-        self.kernels.pairs[(self.many,)](*tensors, self.at.table, **self.shape.pairs)
+        shape = self.shape
+        shape.reverse.pairs[(self.many,)](*tensors, self.at.table, **shape.pairs)
 
     def gradients(self, *tensors: Tensor) -> None:
         shape, many = self.shape, self.many
         given = *tensors, shape.ones, self.at.table, many
-        launch, tiles = self.kernels.gradients, -(-self.k_dim // shape.width)
+        launch, tiles = shape.reverse.gradients, -(-self.k_dim // shape.width)
         launch[(tiles * many,)](*given, **shape.gradients)
         launch[(-(-many // GROUP),)](*given, **shape.far_gradients)
 
