@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from longscan.kernels._launch import entry
+from longscan.kernels._sigmoid import _sigmoid
 
 EPS = tl.constexpr(1e-6)  # of ops.norm.l2_norm
 
@@ -136,7 +137,7 @@ def forward(
             seen = window + (new[u].to(tl.float32),)
             z = _convolved(seen, taps, b, W)
             if SILU:
-                z = z * tl.sigmoid(z)
+                z = z * _sigmoid(z)
             if UNIT:
                 if length > 0:
                     z = z * (length * tl.rsqrt(_of_heads(z * z, UNIT) + EPS))
@@ -199,7 +200,7 @@ def backward(
             if SILU or UNIT:
                 h = _convolved(seen, taps, b, W)
             if SILU:
-                s = tl.sigmoid(h)
+                s = _sigmoid(h)
                 slope = s + h * s * (1 - s)
                 h = h * s
             if UNIT:

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from longscan.kernels._launch import entry
+from longscan.kernels._sigmoid import _sigmoid
 
 
 @triton.jit
@@ -37,7 +38,7 @@ def _act(z, ACT: tl.constexpr):
         out = z
         slope = tl.full(z.shape, 1.0, tl.float32)
     else:
-        s = tl.sigmoid(z)
+        s = _sigmoid(z)
         slope = s * (1 - s)
         out = s
         if ACT == 2:
@@ -81,13 +82,13 @@ def forward(
 @triton.jit(do_not_specialize=["rows", "heads"])
 def backward(
     x, gate, weight, rstds, dy, dx, dgate, partial, rows, heads, x_token, x_head, g_token, g_head,
-    scale,
+    dg_token, dg_head, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
     WEIGHT: tl.constexpr, PER_HEAD: tl.constexpr,
     GATE: tl.constexpr, ACT: tl.constexpr, FRONT: tl.constexpr,
 ):  # fmt: skip
-    """dx and dgate side by side; partial [programs, heads with a weight of their own, D]: what
-    the rows of each program give to the gradient of weight."""
+    """dx side by side, dgate by distances as those of the gate; partial [programs, heads with a
+    weight of their own, D]: what the rows of each program give to the gradient of weight."""
     cols = tl.arange(0, BLOCK_D)[None, :]
     inside = cols < D
     w = tl.full([1, BLOCK_D], 1.0, tl.float32)
@@ -125,7 +126,8 @@ def backward(
             dv = dv * factor
         tl.store(dx + row * D + cols, dv.to(dx.dtype.element_ty), mask=mask)
         if GATE:
-            tl.store(dgate + row * D + cols, dgate_out.to(dgate.dtype.element_ty), mask=mask)
+            dgates = dgate + token * dg_token + head * dg_head + cols
+            tl.store(dgates, dgate_out.to(dgate.dtype.element_ty), mask=mask)
     if WEIGHT:
         place = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
         tl.store(

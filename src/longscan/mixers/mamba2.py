@@ -17,7 +17,9 @@ from longscan.mixers._parts import (
 )
 from longscan.mixers.base import Mixer
 from longscan.ops._check import compute_dtype
+from longscan.ops._gates_fused import gates_fits, gates_fused
 from longscan.ops.decay import decay
+from longscan.ops.dispatch import by_kernel
 from longscan.ops.norm import gated_rms_norm
 from longscan.ops.step import Conv, Decay, is_token, step
 from longscan.state import State
@@ -128,15 +130,13 @@ class Mamba2(Mixer):
         )  # fmt: skip
         u = u.unflatten(-1, (self.n_heads, self.d_head))
         b, c = (t.unflatten(-1, (self.n_groups, self.d_state)) for t in (b, c))
-        dt = F.softplus(dt.to(self.dt_bias.dtype) + self.dt_bias)
-        if self.dt_limit is not None:
-            dt = dt.clamp(*self.dt_limit)
+        dt, log_a = self._steps(dt)
         per_head = self.D.numel() == self.n_heads
         y, s = decay(
             c,
             b,
             u,
-            dt * -self.A_log.exp(),
+            log_a,
             scale=dt,
             skip=self.D if per_head else None,
             state=None if state is None else state.tensor("s"),
@@ -145,6 +145,17 @@ class Mamba2(Mixer):
         if not per_head:
             y = torch.addcmul(y, u, self.D.view(self.n_heads, -1).to(u.dtype))
         return self._project(y.flatten(-2), z, x0, z0, x), State(conv=window, s=s)
+
+    def _steps(self, raw: Tensor) -> tuple[Tensor, Tensor]:
+        """dt and log_a [B, T, H]; by one kernel where there is one. (Compilers make one.)"""
+        given = (None, raw, self.A_log, self.dt_bias)
+        plain = self.dt_limit is None and not torch.compiler.is_compiling()
+        if plain and by_kernel("decay", raw, lambda: gates_fits(*given)):
+            return gates_fused(*given)
+        dt = F.softplus(raw.to(self.dt_bias.dtype) + self.dt_bias)
+        if self.dt_limit is not None:
+            dt = dt.clamp(*self.dt_limit)
+        return dt, dt * -self.A_log.exp()
 
     def _step(self, xbc: Tensor, dt: Tensor, state: State) -> tuple[Tensor, State]:
         """One token. xbc [B, channels]; dt [B, H]; y [B, 1, d_ssm]."""

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from longscan.ops._kernel_op import kernel_op
+from longscan.ops._kernel_op import device_of, kernel_op
 from longscan.ops._packed import pieces, starts
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -109,7 +109,7 @@ def conv_forward(
     table, begin, blocks = _plan(x, cu_seqlens, launch, sizes)
     weight = weight.contiguous()
     *ys, end = _fake(x, weight, bias, state, cu_seqlens, silu, sizes, unit)
-    with torch.cuda.device_of(x):
+    with device_of(x):
         _kernels().forward[(table.shape[0] * blocks,)](
             x, weight, weight if bias is None else bias.contiguous(),
             end if state is None else state.contiguous(),
@@ -160,7 +160,7 @@ def conv_backward(
     weight = weight.contiguous()
     dstate = None if state is None else state.new_empty(state.shape)
     partial = x.new_empty(table.shape[0], taps + has_bias, x.shape[2], dtype=torch.float32)
-    with torch.cuda.device_of(x):
+    with device_of(x):
         _kernels().backward[(table.shape[0] * blocks,)](
             x, weight, weight if bias is None else bias.contiguous(),
             x if state is None else state.contiguous(),

@@ -1,7 +1,8 @@
-"""Write strengths and forget gates of a delta rule, one kernel each way instead of twenty."""
+"""Write strengths or steps, and forget gates, one kernel each way instead of twenty."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -10,7 +11,9 @@ import torch
 from torch import Tensor
 
 from longscan.ops._conv_fused import DTYPES, between, flat
+from longscan.ops._kernel_op import device_of
 from longscan.ops._memory_net import first_order_only
+from longscan.ops._place import place_of
 
 TILE = 1024
 """Numbers that a program has at a time."""
@@ -19,15 +22,14 @@ PROGRAMS = 132 * 2
 MOST_HEADS = 512
 
 
-def gates_fits(b: Tensor, a: Tensor, a_log: Tensor, dt_bias: Tensor) -> bool:
+def gates_fits(b: Tensor | None, a: Tensor, a_log: Tensor, dt_bias: Tensor) -> bool:
     """Whether the kernels compute this case."""
     return (
-        b.dtype in DTYPES
+        (b is None or (b.dtype in DTYPES and 0 < b.shape[-1] <= MOST_HEADS))
         and a.dtype in DTYPES
         and a_log.dtype == dt_bias.dtype == torch.float32
         and a_log.shape == dt_bias.shape == a.shape[-1:]
         and a.numel() > 0
-        and 0 < b.shape[-1] <= MOST_HEADS
         and a.shape[-1] <= MOST_HEADS
     )
 
@@ -39,23 +41,30 @@ def _kernels() -> Any:
 
 @cache
 def _constants(b_heads: int, heads: int) -> dict[str, int]:
+    """b_heads: 0 for steps."""
     block = 1 << (max(b_heads, heads) - 1).bit_length()
-    return {"HB": b_heads, "H": heads, "BLOCK_H": block, "BLOCK_R": TILE // block, "num_warps": 4}
+    return {
+        "STEP": b_heads == 0, "HB": b_heads, "H": heads, "BLOCK_H": block,
+        "BLOCK_R": TILE // block, "num_warps": 4,
+    }  # fmt: skip
 
 
 class _Gates(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, b: Tensor, a: Tensor, a_log: Tensor, dt_bias: Tensor, scale: float
+        ctx: Any, b: Tensor | None, a: Tensor, a_log: Tensor, dt_bias: Tensor, scale: float
     ) -> tuple[Tensor, Tensor]:
-        b, a = flat(b), flat(a)
-        constants = _constants(b.shape[-1], a.shape[-1])
+        ctx.places = None if b is None else place_of(b), place_of(a)
+        a = flat(a)
+        b = None if b is None else flat(b)
+        own = a if b is None else b
+        constants = _constants(0 if b is None else b.shape[-1], a.shape[-1])
         rows = a.shape[0] * a.shape[1]
-        beta = b.new_empty(b.shape, dtype=torch.float32)
+        beta = own.new_empty(own.shape, dtype=torch.float32)
         log_a = a.new_empty(a.shape, dtype=torch.float32)
-        with torch.cuda.device_of(b):
+        with device_of(a):
             _kernels().forward[(-(-rows // constants["BLOCK_R"]),)](
-                b, a, a_log, dt_bias, beta, log_a, rows, between(b), between(a), scale,
+                own, a, a_log, dt_bias, beta, log_a, rows, between(own), between(a), scale,
                 **constants,
             )  # fmt: skip
         ctx.save_for_backward(b, a, a_log, dt_bias)
@@ -67,24 +76,33 @@ class _Gates(torch.autograd.Function):
         first_order_only()
         b, a, a_log, dt_bias = ctx.saved_tensors
         dbeta, dlog = (g.contiguous() for g in grads)
-        constants = _constants(b.shape[-1], a.shape[-1])
+        constants = _constants(0 if b is None else b.shape[-1], a.shape[-1])
         rows = a.shape[0] * a.shape[1]
         programs = min(PROGRAMS, -(-rows // constants["BLOCK_R"]))
-        db, da = b.new_empty(b.shape), a.new_empty(a.shape)
+        da = _room(a, ctx.places[1])
+        db = None if b is None else _room(b, ctx.places[0])
+        own, d_own = (a, da) if b is None or db is None else (b, db)
         partial = a_log.new_empty(programs, 2, a.shape[-1])
-        with torch.cuda.device_of(b):
+        with device_of(a):
             _kernels().backward[(programs,)](
-                b, a, a_log, dt_bias, dbeta, dlog, db, da, partial, rows, between(b), between(a),
-                ctx.scale, **constants,
+                own, a, a_log, dt_bias, dbeta, dlog, d_own, da, partial, rows, between(own),
+                between(a), between(d_own), between(da), ctx.scale, **constants,
             )  # fmt: skip
         d_log, d_bias = partial.sum(0).unbind(0)
         return db, da, d_log, d_bias, None
 
 
+def _room(x: Tensor, place: Callable[[Tensor], Tensor | None] | None) -> Tensor:
+    """For the gradient of x, whose tokens lie at equal distances."""
+    out = None if place is None else place(x)
+    return x.new_empty(x.shape) if out is None else out
+
+
 def gates_fused(
-    b: Tensor, a: Tensor, a_log: Tensor, dt_bias: Tensor, *, scale: float = 1.0
+    b: Tensor | None, a: Tensor, a_log: Tensor, dt_bias: Tensor, *, scale: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """beta = scale sigmoid(b) and log_a = -exp(A_log) softplus(a + dt_bias), where `gates_fits`.
+    """beta = scale sigmoid(b) and log_a = -exp(A_log) softplus(a + dt_bias), where `gates_fits`;
+    without b the steps dt = softplus(a + dt_bias) in beta's place, and log_a = -exp(A_log) dt.
 
     Shapes: b [B, T, steps H], a [B, T, H]; a_log, dt_bias [H]. Precision: float32 for any b and a.
     Raises: RuntimeError in a backward that is to be differentiated itself.

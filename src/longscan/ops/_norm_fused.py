@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from longscan.ops._kernel_op import device_of, kernel_op
+from longscan.ops._place import place_of
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ACTIVATIONS = {None: 0, "sigmoid": 1, "silu": 2}
@@ -25,8 +26,11 @@ class Launch(NamedTuple):
 
 # Launches of forward and of backward; a row longer than `tile` is a tile of its own.
 LAUNCHES = (Launch(2048, 512), Launch(2048, 512))
+# Of the backward with a gate, for rows up to a tile: it has three numbers to read for one.
+GATED = Launch(1024, 256)
 # Programs of the backward: each adds up its part of the gradient of weight.
 PROGRAMS = 132 * 8
+GATED_PROGRAMS = 132 * 6  # where they take more than 64 registers: all run at once
 
 
 def norm_fits(x: Tensor, weight: Tensor | None = None, gate: Tensor | None = None) -> bool:
@@ -77,6 +81,14 @@ def _constants(d: int, weight: bool, gate: bool, launch: Launch, per_head: bool,
     }  # fmt: skip
 
 
+@cache
+def _backward_launch(d: int, gate: bool, front: bool) -> tuple[Launch, int]:
+    """The launch and the number of programs."""
+    if not gate or d > GATED.tile:
+        return LAUNCHES[1], PROGRAMS
+    return GATED, GATED_PROGRAMS if front or d <= 128 else PROGRAMS
+
+
 def _forward(
     x: Tensor,
     weight: Tensor | None,
@@ -125,32 +137,36 @@ def _backward(
     per_head: bool,
     act: int,
     front: bool,
+    dgate: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """-> gradients of x, weight, gate; the last two are empty where there is none."""
+    """-> gradients of x, weight, gate; the last two are empty where there is none.
+
+    dgate: where that of the gate is written; its rows lie as those of the gate.
+    """
     heads, d = _heads(x, gate, per_head), x.shape[-1]
     dx = x.new_empty(x.shape)
-    dgate = x.new_empty(0) if gate is None else gate.new_empty(gate.shape)
-    constants = _constants(
-        d, weight is not None, gate is not None, LAUNCHES[1], per_head, act, front
-    )
+    if dgate is None:
+        dgate = x.new_empty(0) if gate is None else gate.new_empty(gate.shape)
+    launch, most = _backward_launch(d, gate is not None, front)
+    constants = _constants(d, weight is not None, gate is not None, launch, per_head, act, front)
     flat, *apart = _lying(x, heads)
     other, *gate_apart = (flat, *apart) if gate is None else _lying(gate, heads)
+    d_other, *d_apart = (dx, *apart) if gate is None else _lying(dgate, heads)
     groups = heads if per_head else 1
     rows = rstd.shape[0] // groups
-    programs = min(-(-rows // constants["BLOCK_R"]), max(1, PROGRAMS // groups))
+    programs = min(-(-rows // constants["BLOCK_R"]), max(1, most // groups))
     partial = rstd if weight is None else rstd.new_empty(programs, groups * d)
     with device_of(x):
         _kernels().backward[(programs, groups)](
             flat, other, dx if weight is None else weight.contiguous(), rstd, dy.contiguous(),
-            dx, dx if gate is None else dgate, partial, rows, heads,
-            *apart, *gate_apart, scale, **constants,
+            dx, d_other, partial, rows, heads, *apart, *gate_apart, *d_apart, scale, **constants,
         )  # fmt: skip
     if weight is None:
         return dx, rstd.new_empty(0), dgate
     return dx, partial.sum(0).to(weight.dtype).view(weight.shape), dgate
 
 
-def _fake_backward(x, weight, gate, rstd, dy, scale, per_head, act, front):
+def _fake_backward(x, weight, gate, rstd, dy, scale, per_head, act, front, dgate=None):
     return (
         x.new_empty(x.shape),
         rstd.new_empty(0) if weight is None else weight.new_empty(weight.shape),
@@ -161,6 +177,7 @@ def _fake_backward(x, weight, gate, rstd, dy, scale, per_head, act, front):
 def _keep(ctx, inputs, output) -> None:
     x, weight, gate, _, *ctx.options, _ = inputs
     ctx.save_for_backward(x, weight, gate, output[1])
+    ctx.place = None if gate is None else place_of(gate)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
@@ -169,7 +186,9 @@ def _differentiate(ctx, run, dy: Tensor | None, _):
     if dy is None:
         return (None,) * 9
     x, weight, gate, rstd = ctx.saved_tensors
-    dx, dweight, dgate = run(x, weight, gate, rstd, dy, *ctx.options)
+    place = None if ctx.place is None else ctx.place(gate)
+    more = () if place is None else (place,)
+    dx, dweight, dgate = run(x, weight, gate, rstd, dy, *ctx.options, *more)
     dweight = None if weight is None else dweight
     return dx, dweight, None if gate is None else dgate, *(None,) * 6
 

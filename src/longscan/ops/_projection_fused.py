@@ -5,9 +5,10 @@
 (and with `unit`, the heads of the first two of these scaled to unit length, as in `conv_parts`).
 
 Apart, the backward of each cut copies all gradients once more, side by side. Here the backward has
-one buffer, into which the convolution's kernel writes its part; and rows that matrix products read
-are aligned, whatever the number of a projection's outputs: products of misaligned rows run on the
-instructions of two generations ago, at 40 % of the speed.
+one buffer, into which the convolution's kernel writes its part, as do those kernels behind the
+other parts that can (`ops._place`). And rows that matrix products read are aligned, whatever the
+number of a projection's outputs: products of misaligned rows run on the instructions of two
+generations ago, at 40 % of the speed.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from torch import Tensor, nn
 
 from longscan.ops._conv_fused import DTYPES, PARTS, conv_backward, conv_forward, filled
 from longscan.ops._memory_net import first_order_only
+from longscan.ops._place import Whole, is_at
 
-ALIGNED, MULTIPLE = 8, 64
-"""Outputs in multiples of the first number are left as they are; others are padded to the second,
-which costs no time: it is less than a tile of a product."""
+MULTIPLE = 16
+"""Outputs are padded to multiples of this: 8 are what products want, and Triton loads numbers one
+by one unless it knows that rows are 16 apart."""
 LEAST = 512
 """Tokens below which nothing is gained."""
 
@@ -57,7 +59,7 @@ def projection_fits(linear: nn.Module, x: Tensor) -> bool:
 
 def _width(rows: int) -> int:
     """Numbers of a row of the product, with padding."""
-    return rows if rows % ALIGNED == 0 else -(-rows // MULTIPLE) * MULTIPLE
+    return -(-rows // MULTIPLE) * MULTIPLE
 
 
 def _padded(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -111,37 +113,43 @@ class _Projection(torch.autograd.Function):
     ) -> Any:
         """-> y in PARTS parts, the windows, the other parts of the projection."""
         rows = x.to(dtype).reshape(-1, x.shape[-1])
-        wide = _width(weight.shape[0])
-        p = torch.mm(rows, _padded(weight, dtype).mT).view(*x.shape[:-1], wide)
-        parts = list(p.split([*sizes, wide - weight.shape[0]], -1)[:-1])
+        padded = _padded(weight, dtype)
+        p = torch.mm(rows, padded.mT).view(*x.shape[:-1], padded.shape[0])
+        cut = [*sizes, padded.shape[0] - weight.shape[0]]
+        parts = list(p.split(cut, -1)[:-1])
         part = parts.pop(at)
         if state is not None:
             state = state.to(dtype)
         out = conv_forward(part, taps, bias, state, cu_seqlens, silu, inner, unit)
-        ctx.save_for_backward(rows, weight, part, taps, bias, state, cu_seqlens)
-        ctx.silu, ctx.sizes, ctx.at, ctx.inner, ctx.dtype = silu, sizes, at, inner, x.dtype
-        ctx.unit = unit
+        # Autocast keeps what it casts, too; other weights may be gathered anew (FSDP).
+        kept = None if weight.dtype == dtype else padded
+        ctx.save_for_backward(rows, weight, kept, part, taps, bias, state, cu_seqlens)
+        ctx.silu, ctx.at, ctx.inner, ctx.unit, ctx.dtype = silu, at, inner, unit, x.dtype
+        others = (i for i in range(len(sizes)) if i != at)
+        ctx.whole = Whole(p, cut, {PARTS + 1 + n: i for n, i in enumerate(others)})
         ctx.set_materialize_grads(False)
         return *out, *parts
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         first_order_only()
-        rows, weight, part, taps, bias, state, cu_seqlens = ctx.saved_tensors
-        wide = _width(weight.shape[0])
-        dp = part.new_empty(*part.shape[:-1], wide)
-        slices = list(dp.split([*ctx.sizes, wide - weight.shape[0]], -1))
+        rows, weight, padded, part, taps, bias, state, cu_seqlens = ctx.saved_tensors
+        dp, slices = ctx.whole.take()
         dys, dend = filled(grads[:PARTS], part, ctx.inner), grads[PARTS]
         d_taps, d_bias, d_state = conv_backward(
             part, taps, bias, state, cu_seqlens, ctx.silu, ctx.unit, dys, dend,
             slices.pop(ctx.at),
         )  # fmt: skip
         for into, g in zip(slices, (*grads[PARTS + 1 :], None), strict=True):
-            into.zero_() if g is None else _copy(into, g)
-        dp = dp.view(-1, wide)
+            if g is None:
+                into.zero_()
+            elif not is_at(g, into):
+                _copy(into, g)
+        dp = dp.view(-1, dp.shape[-1])
         dx = dw = None
         if ctx.needs_input_grad[0]:
-            dx = _product(dp, _padded(weight, dp.dtype), ctx.dtype)
+            padded = _padded(weight, dp.dtype) if padded is None else padded
+            dx = _product(dp, padded, ctx.dtype)
             dx = dx.view(*part.shape[:-1], weight.shape[1])
         if ctx.needs_input_grad[1]:
             dw = _product(dp.mT, rows, weight.dtype)[: weight.shape[0]]

@@ -300,9 +300,9 @@ def gates_arguments(
     g: torch.Generator, *, heads: int = 6, steps: int = 1, length: int = 150, batch: int = 2,
     far: float = 1.0, scale: float = 1.0,
 ) -> Arguments:  # fmt: skip
-    """far: how far from zero the gates are."""
+    """far: how far from zero the gates are; steps: of b for a token, 0 for those of Mamba-2."""
     return {
-        "b": normal(g, batch, length, steps * heads) * far,
+        "b": normal(g, batch, length, steps * heads) * far if steps else None,
         "a": normal(g, batch, length, heads) * far,
         "a_log": normal(g, heads),
         "dt_bias": normal(g, heads) - 3,
@@ -326,6 +326,9 @@ def gates_cases() -> Iterator[Case]:
         yield case(f"H={heads}", heads=heads)
     yield case("steps", steps=2, scale=2.0)
     yield case("far", far=8.0)
+    yield case("small, Mamba-2", length=9, heads=3, steps=0, quick=True)
+    yield case("Mamba-2", heads=32, steps=0)
+    yield case("far, Mamba-2", far=8.0, steps=0, batch=7, length=1000, strided=True)
     yield case("views", strided=True)
     yield case("many rows", batch=70, length=1000)
 
@@ -372,6 +375,10 @@ def norm_cases() -> Iterator[Case]:
             name = f"gate {activation}" + (", before" if first else "")
             how = {"activation": activation, "gate_first": first, "gated": True}
             yield case(name, 2, 50, 128, weight=(128,), **how)
+    for d in (256, 1024, 2048, 4096):
+        yield case(f"gate, D={d}", 2, 50, d, weight=(d,), gated=True, activation="silu")
+    yield case("gate before, views, D=2048", 2, 50, 2048, weight=(2048,), gated=True,
+               activation="silu", gate_first=True, strided=True)  # fmt: skip
     yield case("gate of groups", 2, 50, 256, weight=(256,), n_groups=4, gated=True,
                activation="silu", gate_first=True)  # fmt: skip
     yield case("views", 2, 50, 128, weight=(128,), gated=True, activation="silu", strided=True)

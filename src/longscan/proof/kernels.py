@@ -103,8 +103,9 @@ def _projection_launch(*args: Any, **more: Any) -> tuple:
     return torch.cat([*ys, *parts], -1), end
 
 
-def _gates(b: Tensor, a: Tensor, a_log: Tensor, dt_bias: Tensor, *, scale: float) -> tuple:
-    return widen(b).sigmoid() * scale, -a_log.exp() * F.softplus(widen(a) + dt_bias)
+def _gates(b: Tensor | None, a: Tensor, a_log: Tensor, dt_bias: Tensor, *, scale: float) -> tuple:
+    dt = F.softplus(widen(a) + dt_bias)
+    return dt if b is None else widen(b).sigmoid() * scale, -a_log.exp() * dt
 
 
 def _norm(
