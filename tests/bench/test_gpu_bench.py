@@ -366,7 +366,7 @@ def test_models_train_here(tmp_path, capsys):
     assert [(m.side, m.length) for m in results] == [
         ("attention", 32), ("attention", 64), ("mamba2", 32),
     ]  # fmt: skip
-    assert all(len(m.train) >= gpu_models.STEPS and not m.why for m in results)
+    assert all(len(m.train) >= gpu_models.RUNS and not m.why for m in results)
     assert "scaled_dot_product" in results[0].more["attention"]
     assert "| tiny" in text
 

@@ -4,7 +4,8 @@ Models of a size have the same width, the same MLP and as many blocks as give th
 parameters: a Llama-shaped one L blocks of attention, Gated DeltaNet 7/8 L, Mamba-2, whose blocks
 have no MLP, 2 L. A step is what `longscan train` does on a GPU by default: weights in float32,
 bfloat16 autocast, fused AdamW, no block computed twice; TOKENS tokens a step, in as few pieces as
-fit into memory.
+fit into memory. As in training, a step is launched while the one before still runs: the device is
+waited for once in RUN steps, and a time is a RUNth of that.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ SOFT = "attention"
 MIXERS = (SOFT, "gated_deltanet", "mamba2")
 COMPILED = "+compile"
 """Behind the mixer, in the side of a row: its blocks went through torch.compile."""
-# Steps before the clock runs, and under it; more of them where a step is short.
-WARM, STEPS, SECONDS = 3, 5, 3.0
+# Steps before the clock runs, and runs of RUN steps under it; more of them where a step is short.
+WARM, RUNS, RUN, SECONDS = 3, 4, 4, 3.0
 
 
 def rows_of(size: str, compiled: bool = False) -> list[tuple[str, int, int]]:
@@ -165,7 +166,7 @@ def steps(
     pieces: int,
     out: Measured,
 ) -> list[float]:
-    """Milliseconds of steps, those after the first few.
+    """Milliseconds a step of runs of steps, those after the first few.
 
     Raises: torch.OutOfMemoryError also where the allocator had to make room, which is slow.
     """
@@ -192,8 +193,9 @@ def steps(
     tries = room_made(gpu)
     times: list[float] = []
     began = time.perf_counter()
-    while len(times) < STEPS or time.perf_counter() - began < SECONDS * gpu:
-        times.append(clocked(step, gpu))
+    run = RUN if gpu else 1
+    while len(times) < RUNS or time.perf_counter() - began < SECONDS * gpu:
+        times.append(clocked(lambda: [step() for _ in range(run)], gpu) / run)
     if gpu:
         out.mib = torch.cuda.max_memory_allocated() / 2**20
     if room_made(gpu) > tries:
