@@ -11,13 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from longscan.ops._kernel_op import kernel_op
+from longscan.ops._kernel_op import DTYPES, kernel_op
 from longscan.ops._layout import check_cu_seqlens
 from longscan.ops._packed import pieces, starts
 
 WIDTH = 256
 """Largest head of keys or values that the kernels compute."""
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class Launch(NamedTuple):
@@ -33,7 +32,7 @@ class Launches(NamedTuple):
     """One case's launches: outputs forward and backward in time, states alone, gradients.
 
     The chunk of `gradients` is the piece at whose borders the backward keeps states. near, far: its
-    two parts, apart where heads share keys.
+    two parts, apart where heads share keys. alone: of heads with keys of their own.
     """
 
     forward: Launch
@@ -42,17 +41,18 @@ class Launches(NamedTuple):
     gradients: Launch
     near: Launch | None = None
     far: Launch | None = None
+    alone: Launch | None = None
 
 
 # (bytes of an operand, padded key size up to) -> launches.
 LAUNCHES = {
     (2, 64): Launches(
         Launch(64, 64, 4, 2), Launch(64, 64, 4, 2), Launch(64, 64, 4, 3), Launch(64, 64, 4, 2),
-        Launch(64, 128, 4, 3), Launch(64, 64, 4, 3),
+        Launch(64, 128, 4, 3), Launch(64, 64, 4, 3), Launch(64, 64, 4, 1),
     ),
     (2, 128): Launches(
-        Launch(64, 64, 4, 2), Launch(64, 64, 4, 2), Launch(64, 64, 4, 3), Launch(64, 64, 4, 2),
-        Launch(64, 128, 4, 3), Launch(64, 64, 4, 3),
+        Launch(64, 64, 4, 2), Launch(64, 64, 4, 2), Launch(64, 64, 4, 4), Launch(64, 64, 4, 2),
+        Launch(64, 128, 4, 3), Launch(64, 64, 4, 3), Launch(64, 64, 4, 1),
     ),
     (2, 256): Launches(
         Launch(32, 32, 4, 2), Launch(32, 32, 4, 2), Launch(32, 32, 4, 2), Launch(64, 64, 8, 1),
@@ -169,8 +169,7 @@ def _backward(
     left, right = call.borders(), call.borders()
     enters = _contiguous(state)
     if call.split:
-        enters = kept if len(kept) else call.entering(call.k, call.v, enters, reverse=False)
-    if call.split:
+        enters = kept if kept.shape[0] else call.entering(call.k, call.v, enters, reverse=False)
         dfinal = call.entering(call.q, do, dfinal, reverse=True)
     ends = None if state is None else dstate
 
@@ -263,11 +262,11 @@ def _planned(
     cu_seqlens: Tensor | None,
     device: torch.device,
 ) -> _Plan:
+    piece = launches.gradients.chunk
     rows, longest = shape
     if cu_seqlens is not None:
         bounds = check_cu_seqlens(cu_seqlens, *shape)
         rows, longest = len(bounds) - 1, max(b - a for a, b in pairwise(bounds))
-    piece = launches.gradients.chunk
     # Segments enough to fill the device, and none where it is full.
     tile = min(launches.forward.tile, _padded(d_value))
     long = -(-shape[0] * shape[1] // longest)  # as many sequences of the longest one's length
@@ -287,25 +286,24 @@ def _planned(
     slabs = [_Slab(0, len(segments), segments, cut, first_piece)]
     n = round(len(segments) * heads * -(-d_value // tile) / slots)
     if n > 1 and cu_seqlens is None:
-        slabs = _slabs(slabs[0], n, -(-longest // size), -(-longest // piece), size // piece)
+        slabs = _slabs(slabs[0], n, longest, size, piece)
     begins = starts(*shape, cu_seqlens, device)
     return _Plan(
         launches, rows, split, segments, first, size, parts, first_part, parted, slabs, begins
     )
 
 
-def _slabs(whole: _Slab, n: int, per_row: int, pieces_per_row: int, pieces: int) -> list[_Slab]:
-    """`whole` in at most n slabs; rows of so many segments and pieces, segments of `pieces`."""
+def _slabs(whole: _Slab, n: int, length: int, size: int, piece: int) -> list[_Slab]:
+    """`whole` in at most n slabs; rows of `length` tokens, cut into segments of `size`."""
+    per_row, pieces_per_row = -(-length // size), -(-length // piece)
     cuts = sorted({i * whole.stop // n for i in range(n + 1)})
     slabs = []
     for start, stop in pairwise(cuts):
-        a, b = (i // per_row * pieces_per_row + i % per_row * pieces for i in (start, stop))
-        slabs.append(
-            _Slab(
-                start, stop, whole.segments[start:stop].clone(), whole.pieces[a:b].clone(),
-                whole.first_piece - a,
-            )
-        )  # fmt: skip
+        a, b = (
+            i // per_row * pieces_per_row + i % per_row * (size // piece) for i in (start, stop)
+        )
+        segments, cut = whole.segments[start:stop].clone(), whole.pieces[a:b].clone()
+        slabs.append(_Slab(start, stop, segments, cut, whole.first_piece - a))
     return slabs
 
 
@@ -349,6 +347,15 @@ class _Call:
         self.precision = "tf32x3" if v.dtype == torch.float32 else "tf32"
         self.border = torch.float32 if width == 4 else v.dtype
         launches = LAUNCHES[width, max(64, _padded(self.d_key))]
+        # What makes the gradients: one kernel, or, where heads share keys, near and far.
+        self.made: list[Launch] = [launches.gradients]
+        if self.heads > self.groups and launches.near is not None and launches.far is not None:
+            self.made = [launches.near, _wide(launches.far, self.d_value)]
+        plain = self.heads == self.groups and scale is None and skip is None
+        alone = launches.alone if plain and self.d_value <= 128 else None
+        self.alone = alone is not None
+        if alone is not None:
+            self.made = [alone]
         # A packed batch remembers its own tables; those of equal rows are found by their size.
         plan = (_plan if cu_seqlens is None else _planned)(
             launches, slots(v.device), self.d_value, self.heads, self.shape, cu_seqlens, v.device
@@ -365,7 +372,7 @@ class _Call:
         return torch.empty(size, dtype=torch.float32, device=self.device)
 
     def borders(self) -> Tensor:
-        count = max(len(slab.pieces) for slab in self.plan.slabs)
+        count = max(slab.pieces.shape[0] for slab in self.plan.slabs)
         size = (count, self.heads, self.d_key, self.d_value)
         return torch.empty(size, dtype=self.border, device=self.device)
 
@@ -378,7 +385,7 @@ class _Call:
             size = (2 if scale is None else 3) * self.tokens * self.heads + PADDING
             sums = torch.empty(size, dtype=torch.float32, device=self.device)
             cut, _ = pieces(*self.shape, chunk, self.cu_seqlens, self.device)
-            self.kernels.gates[(len(cut) * -(-self.heads // block),)](
+            self.kernels.gates[(cut.shape[0] * -(-self.heads // block),)](
                 self.log_a, self.log_a if scale is None else scale, sums, cut, self.heads,
                 self.tokens, SCALED=scale is not None, C=chunk, BLOCK=block, num_warps=4,
             )  # fmt: skip
@@ -388,8 +395,8 @@ class _Call:
     def entering(self, b: Tensor, c: Tensor, state: Tensor | None, *, reverse: bool) -> Tensor:
         """The state that enters each segment."""
         plan = self.plan
-        enters = self.states(len(plan.segments))
-        ends = self.states(len(plan.parts))
+        enters = self.states(plan.segments.shape[0])
+        ends = self.states(plan.parts.shape[0])
         decay = torch.empty(ends.shape[:2], dtype=torch.float32, device=self.device)
         self.scan(None, b, c, None, ends=ends, decay=decay, reverse=reverse)
         size, block = self.d_key * self.d_value, 1024
@@ -432,9 +439,9 @@ class _Call:
         segments, first_piece = plan.segments if decay is None else plan.parts, plan.begins
         if slab is not None:
             segments, first_piece = slab.segments, slab.first_piece
-            if enters is not None and len(enters) != slab.stop - slab.start:
+            if enters is not None and enters.shape[0] != slab.stop - slab.start:
                 enters = enters[slab.start : slab.stop]
-        grid = len(segments) * heads * -(-self.d_value // tile)
+        grid = segments.shape[0] * heads * -(-self.d_value // tile)
         self.kernels.scan[(grid,)](
             there(a), b, c, self.sums(chunk), there(self.skip), there(enters), there(out),
             there(ends), there(decay), there(borders), segments, first_piece, plan.begins,
@@ -454,73 +461,78 @@ class _Call:
 
         `fill` makes the states at the borders of a slab, left and right.
         """
-        launches, heads, slabs = self.launches, self.heads, self.plan.slabs
-        group, gated = heads // self.groups, self.log_a is not None
-        made = [launches.gradients]
-        if group > 1 and launches.near is not None and launches.far is not None:
-            made = [launches.near, _wide(launches.far, self.d_value)]
-        tiles = [-(-self.d_key // launch.tile) for launch in made]
-        programs = [len(slabs[0].pieces) * self.groups * count * 2 for count in tiles]
-        parts = [self.parts(n) for n in programs]
-        far, scaled, skipped = tiles[-1], self.scale is not None, self.skip is not None
-        near = (3 if scaled else 2) * tiles[0] + skipped
-        dq, dk, terms, inner = torch.empty_like(self.q), torch.empty_like(self.k), left, left
-        # Sums of each launch [parts, N, H / R, K]; the last adds those before, if it has but one.
-        sums = [(dq, dk)]
-        if sum(parts) > 1:
-            direct = parts[-1] == 1
-            count = sum(parts) - direct
-            size = (2, count, *self.q.shape)
+        heads, groups, slabs = self.heads, self.groups, self.plan.slabs
+        group, gated = heads // groups, self.log_a is not None
+        scaled, skipped = self.scale is not None, self.skip is not None
+        near, far = self.made[0], self.made[-1]
+        apart, chunk = near is not far, near.chunk
+        near_tiles, tiles = (-(-self.d_key // launch.tile) for launch in (near, far))
+        # Into how many sums each kernel's go; if it has but one, the last adds those before.
+        programs = slabs[0].pieces.shape[0] * groups * 2
+        of_near = self.parts(programs * near_tiles)
+        of_far = self.parts(programs * tiles) if apart else 0
+        direct = (of_far if apart else of_near) == 1
+        dq, dk = torch.empty_like(self.q), torch.empty_like(self.k)
+        all_dq, all_dk = dq, dk
+        if of_near + of_far > 1:
+            size = (2, of_near + of_far - direct, *self.q.shape)
             all_dq, all_dk = torch.empty(size, dtype=torch.float32, device=self.device).unbind()
-            sums = [(all_dq, all_dk)]
-            if len(made) > 1:
-                sums.append((dq, dk) if direct else (all_dq[parts[0] :], all_dk[parts[0] :]))
         # No two are the same tensor, for a compiler's sake.
         dg, dscale = (
             self.nothing() if x is None else torch.empty_like(x) for x in (self.log_a, self.scale)
         )
-        dskip, block, done = self.nothing(), 16, 0
+        dskip, block, done, terms, inner = self.nothing(), 16, 0, left, left
         if skipped:  # of each piece
-            size = (sum(len(slab.pieces) for slab in slabs), heads)
+            size = (sum(slab.pieces.shape[0] for slab in slabs), heads)
             dskip = torch.empty(size, dtype=torch.float32, device=self.device)
-        if self.log_a is not None:
-            size = (near + 2 * far, heads, self.tokens)
+        rows = (3 if scaled else 2) * near_tiles + skipped
+        more = terms
+        if gated:
+            size = (rows + 2 * tiles, heads, self.tokens)
             terms = torch.empty(size, dtype=torch.float32, device=self.device)
-            size = (far, len(left), heads)
+            more = terms[rows:]
+            size = (tiles, left.shape[0], heads)
             inner = torch.empty(size, dtype=torch.float32, device=self.device)
+        inputs = self.q, self.k, self.v, do, self.sums(chunk)
+        common = {
+            "R": group, "K": self.d_key, "V": self.d_value, "BV": _padded(self.d_value),
+            "GATED": gated, "SCALED": scaled,
+        }  # fmt: skip
+        kernels, width = _kernels("_gradients"), _padded(self.d_key)
         for slab in slabs:
             fill(slab)
-            cut = slab.pieces
-            each = zip(made, tiles, parts, sums, strict=True)
-            for i, (launch, count, n, into) in enumerate(each):
-                inputs = self.q, self.k, self.v, do, self.sums(launch.chunk), left, right, *into
-                grid, more, options = len(cut) * self.groups * count * n, (), {}
-                if i:
-                    kernel, more = self.kernels.far, sums[0]
-                    options = {"FROM": parts[0] if into[0] is dq else 0}
-                else:
-                    kernel, grid = self.kernels.gradients, 2 * grid
-                    options = {
-                        "FAR": len(made) == 1, "SKIPPED": skipped, "WIDE": self.wide,
-                        "PRECISION": self.precision,
-                    }  # fmt: skip
-                kernel[(grid,)](
-                    *inputs, *more, terms[near:] if i and gated else terms, inner, cut, heads,
+            cut, count = slab.pieces, slab.pieces.shape[0]
+            if self.alone:
+                kernels.alone[(count * heads * tiles,)](
+                    *inputs, left, right, dq, dk, terms, inner, cut, heads, self.tokens,
+                    K=self.d_key, V=self.d_value, BK=min(near.tile, width),
+                    BV=_padded(self.d_value), L=chunk, GATED=gated,
+                    num_warps=near.warps, num_stages=near.stages,
+                )  # fmt: skip
+            else:
+                kernels.gradients[(2 * count * groups * near_tiles * of_near,)](
+                    *inputs, left, right, all_dq, all_dk, terms, inner, cut, heads, self.tokens,
+                    PARTS=of_near, FAR=not apart, BK=min(near.tile, width), L=chunk,
+                    SKIPPED=skipped, WIDE=self.wide, PRECISION=self.precision, **common,
+                    num_warps=near.warps, num_stages=near.stages,
+                )  # fmt: skip
+            if apart:
+                into = (dq, dk) if direct else (all_dq[of_near:], all_dk[of_near:])
+                kernels.far[(count * groups * tiles * of_far,)](
+                    *inputs, left, right, *into, all_dq, all_dk, more, inner, cut, heads,
                     self.tokens,
-                    R=group, PARTS=n, K=self.d_key, V=self.d_value,
-                    BK=min(launch.tile, _padded(self.d_key)), BV=_padded(self.d_value),
-                    L=launch.chunk, GATED=gated, SCALED=scaled, **options,
-                    num_warps=launch.warps, num_stages=launch.stages,
+                    PARTS=of_far, FROM=of_near if direct else 0, BK=min(far.tile, width),
+                    L=chunk, **common, num_warps=far.warps, num_stages=far.stages,
                 )  # fmt: skip
             if gated:
-                self.kernels.flows[(len(cut) * -(-heads // block),)](
-                    terms, inner, self.sums(launches.gradients.chunk), dg, dscale,
-                    dskip[done:] if done else dskip, cut, heads, self.tokens,
-                    NEAR=tiles[0], TILES=far, SCALED=scaled, SKIPPED=skipped,
-                    L=launches.gradients.chunk, BLOCK=block, num_warps=4,
+                kernels.flows[(count * -(-heads // block),)](
+                    terms, inner, inputs[-1], dg, dscale, dskip[done:] if done else dskip, cut,
+                    heads, self.tokens,
+                    NEAR=near_tiles, TILES=tiles, SCALED=scaled, SKIPPED=skipped, L=chunk,
+                    BLOCK=block, num_warps=4,
                 )  # fmt: skip
-            done += len(cut)
-        if sums[-1][0] is not dq:
+            done += count
+        if not direct:
             dq, dk = all_dq.sum(0).to(self.q.dtype), all_dk.sum(0).to(self.k.dtype)
         if self.skip is not None:
             dskip = dskip.sum(0).to(self.skip.dtype)
@@ -534,6 +546,6 @@ class _Call:
         return n
 
 
-@lru_cache(maxsize=1)
-def _kernels() -> Any:
-    return import_module("longscan.kernels.decay")
+@lru_cache(maxsize=2)
+def _kernels(part: str = "") -> Any:
+    return import_module(f"longscan.kernels.decay{part}")
