@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longscan.ops._kernel_op import device_of, kernel_op
-from longscan.ops._norm_fused import DTYPES, PROGRAMS, WIDEST, Launch
+from longscan.ops._kernel_op import DTYPES, device_of, kernel_op
+from longscan.ops._norm_fused import PROGRAMS, WIDEST, Launch
 
 # Launches of forward and of backward, whose 8 programs an SM (PROGRAMS) so fit in its registers.
 LAUNCHES = (Launch(2048, 512), Launch(1024, 256))

@@ -10,10 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from longscan.ops._kernel_op import device_of, kernel_op
+from longscan.ops._kernel_op import DTYPES, device_of, kernel_op
 from longscan.ops._packed import pieces, starts
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 WIDEST = 8
 LARGEST_UNIT = 128  # channels of a warp, in the usual launches: sums over a head stay within it
 PARTS = 3

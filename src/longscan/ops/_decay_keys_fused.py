@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from longscan.ops._kernel_op import kernel_op
+from longscan.ops._kernel_op import DTYPES, kernel_op
 from longscan.ops._layout import remembered
 from longscan.ops._packed import pieces, starts
 
-DTYPES = frozenset((torch.bfloat16, torch.float16, torch.float32))
 WIDEST = 256
 BORDER = 128
 """Tokens between the states that the backward stores. The gradient of the gates starts anew there,

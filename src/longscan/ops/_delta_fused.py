@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from longscan.ops._kernel_op import kernel_op
+from longscan.ops._kernel_op import DTYPES, kernel_op
 from longscan.ops._layout import remembered
 from longscan.ops._packed import pieces, starts
 
@@ -103,7 +103,7 @@ def delta_fits(
     """Whether the kernels compute this case; not whether there is a device for them."""
     given = [x for x in (q, k, v, beta, log_a, state) if x is not None]
     return (
-        all(x.dtype in (torch.bfloat16, torch.float16, torch.float32) for x in given)
+        all(x.dtype in DTYPES for x in given)
         and k.shape[-1] <= 256
         and v.shape[-1] <= 256
         and (log_a is None or log_a.ndim == 3)

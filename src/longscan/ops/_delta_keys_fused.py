@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from longscan.ops._kernel_op import kernel_op
+from longscan.ops._kernel_op import DTYPES, kernel_op
 from longscan.ops._layout import remembered
 from longscan.ops._packed import pieces, segments, starts
 
-DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 WIDEST = 256
 """The widest head, of keys or values, that the launches below are made for."""
 

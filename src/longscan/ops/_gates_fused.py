@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longscan.ops._conv_fused import DTYPES, between, flat
-from longscan.ops._kernel_op import device_of
+from longscan.ops._conv_fused import between, flat
+from longscan.ops._kernel_op import DTYPES, device_of
 from longscan.ops._memory_net import first_order_only
 from longscan.ops._place import place_of
 

@@ -6,12 +6,10 @@ from functools import cache
 from importlib import import_module
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from longscan.ops._kernel_op import device_of, kernel_op
+from longscan.ops._kernel_op import DTYPES, device_of, kernel_op
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TILE, WIDTH = 2048, 1024
 """Numbers of the result that a program of 4 warps makes, and of those at most from one row."""
 

@@ -13,6 +13,9 @@ from torch import Tensor
 from longscan.ops._memory_net import first_order_only
 from longscan.ops._rehearsal import Stage, here
 
+DTYPES = frozenset((torch.float32, torch.float16, torch.bfloat16))
+"""Of the tensors that kernels take."""
+
 
 def kernel_op(
     name: str,

@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from longscan.ops._kernel_op import device_of, kernel_op
+from longscan.ops._kernel_op import DTYPES, device_of, kernel_op
 from longscan.ops._place import place_of
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ACTIVATIONS = {None: 0, "sigmoid": 1, "silu": 2}
 WIDEST = 8192
 

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from longscan.ops._conv_fused import DTYPES, PARTS, conv_backward, conv_forward, filled
+from longscan.ops._conv_fused import PARTS, conv_backward, conv_forward, filled
+from longscan.ops._kernel_op import DTYPES
 from longscan.ops._memory_net import first_order_only
 from longscan.ops._place import Whole, is_at
 

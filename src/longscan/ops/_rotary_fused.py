@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longscan.ops._kernel_op import device_of, kernel_op
+from longscan.ops._kernel_op import DTYPES, device_of, kernel_op
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TILE, GROUP, WIDEST = 2048, 4, 1024
 """Numbers of a head that a program of 4 warps has at once; heads it goes through; largest head."""
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from longscan.ops._kernel_op import device_of, kernel_op
+from longscan.ops._kernel_op import DTYPES, device_of, kernel_op
 from longscan.ops._layout import check_cu_seqlens, remembered
 from longscan.ops._packed import pieces, starts
 
@@ -25,7 +25,6 @@ CHUNK = 16
 """Tokens between kept states, and of a tile of the kernels."""
 PARTS = 4
 """Parts of a piece in the first pass."""
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class Launch(NamedTuple):

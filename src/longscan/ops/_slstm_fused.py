@@ -12,11 +12,9 @@ import torch
 from torch import Tensor
 
 from longscan.ops._check import full_precision
-from longscan.ops._kernel_op import kernel_op
+from longscan.ops._kernel_op import DTYPES, kernel_op
 from longscan.ops._layout import check_cu_seqlens, remembered
 from longscan.ops._packed import starts
-
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class Launch(NamedTuple):

@@ -9,9 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from longscan.ops._kernel_op import device_of
+from longscan.ops._kernel_op import DTYPES, device_of
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 DECAYS = ("given", "softplus", "logsigmoid", "bounded")
 
 

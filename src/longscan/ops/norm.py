@@ -8,7 +8,8 @@ from torch.nn import functional as F
 
 from longscan.ops._add_norm_fused import add_norm_fits, add_norm_fused
 from longscan.ops._check import compute_dtype
-from longscan.ops._norm_fused import DTYPES, norm_fits, norm_fused
+from longscan.ops._kernel_op import DTYPES
+from longscan.ops._norm_fused import norm_fits, norm_fused
 from longscan.ops.dispatch import by_kernel
 
 ACTIVATIONS = {None: lambda gate: gate, "silu": F.silu, "sigmoid": torch.sigmoid}
