@@ -1,4 +1,4 @@
-"""`mlstm` on a GPU: what `kernels.mlstm` computes, launched in order."""
+"""`mlstm` on a GPU: what `kernels.mlstm` and its companions compute, launched in order."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from longscan.ops._kernel_op import kernel_op
+from longscan.ops._kernel_op import DTYPES, kernel_op
 from longscan.ops._packed import pieces, starts
 
 MLSTMState = tuple[Tensor, Tensor]
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MODULES = ("mlstm_gates", "mlstm", "mlstm_whole")
 SMALL = (64, 128)
 """Keys and values of heads whose products take more digits than bf16 has: where so few channels
 cancel, normalisers are near zero, and cost little."""
@@ -46,7 +46,9 @@ class Launch(NamedTuple):
     those of which a program of the backward computes gradients.
 
     scan: its tiles of the values; states, reversed: tiles of width x width of a walk in either
-    direction; scores: channels at once; queries, keys: channels of the values at once.
+    direction; scores: channels at once; queries, keys: channels of the values at once. whole: all
+    of a head's state in a program; the forward is `outputs`, with scan's tiles, and the backward
+    `look_back` and `look_ahead`, with the warps and stages of queries and keys.
     """
 
     chunk: int
@@ -58,13 +60,14 @@ class Launch(NamedTuple):
     scores: Tile
     queries: Tile
     keys: Tile
+    whole: bool = False
 
 
 # (padded K, padded V are at most this, 16-bit operands) -> launch, the first that fits.
 LAUNCHES = {
     (128, 128, True): Launch(
         64, 64, 64, Tile(64, 4, 2), Tile(64, 4, 3), Tile(128, 8, 3), Tile(256, 4, 1),
-        Tile(64, 4, 2), Tile(64, 4, 2),
+        Tile(128, 8, 3), Tile(128, 8, 2), whole=True,
     ),
     (256, 512, True): Launch(
         32, 128, 64, Tile(128, 8, 3), Tile(128, 8, 3), Tile(64, 4, 3), Tile(256, 4, 1),
@@ -111,8 +114,10 @@ def mlstm_fused(
 
 
 @cache
-def _kernels() -> ModuleType:
-    return import_module("longscan.kernels.mlstm")
+def _module(name: str) -> ModuleType:
+    """The one that a kernel is in."""
+    modules = (import_module(f"longscan.kernels.{x}") for x in MODULES)
+    return next(x for x in modules if hasattr(x, name))
 
 
 def _pad(n: int) -> int:
@@ -150,7 +155,7 @@ class _Call:
         self.tables: dict[int, tuple[Tensor, Tensor]] = {}
 
     def run(self, name: str, programs: int, tile: Tile, *args: Any, **more: Any) -> None:
-        kernel = getattr(_kernels(), name)
+        kernel = getattr(_module(name), name)
         kernel[(programs,)](*args, **more, num_warps=tile.warps, num_stages=tile.stages)
 
     def pieces(self, size: int) -> tuple[Tensor, Tensor]:
@@ -197,7 +202,7 @@ class _Call:
     def sums(self) -> Tensor:
         """What blocks add to the state, and their decays."""
         new = torch.empty if self.cu is None else torch.zeros  # not all of it may be written
-        return new(self.cut[1], self.H, self.K * self.V + 4, device=self.device)
+        return new(self.cut[1], self.H, self.K * (self.V + 1) + 4, device=self.device)
 
 
 def _gates(z: _Call, name: str, head: tuple, ends: tuple, rest: tuple, has: bool) -> None:
@@ -213,14 +218,15 @@ def _gates(z: _Call, name: str, head: tuple, ends: tuple, rest: tuple, has: bool
 
 def _weigh(
     z: _Call, chunk: int, k: Tensor, i: Tensor, f: Tensor, m0: Tensor | None, m: Tensor,
-    weights: Sequence[Tensor], bar: Tensor | None,
+    weights: Sequence[Tensor], spread: Tensor | None, bar: Tensor | None,
 ) -> None:  # fmt: skip
-    """Fills steps, rest, gain, read, keep, total of chunks, and bar."""
+    """Fills steps, rest, gain, read, keep, total of chunks, spread, and bar."""
     table, _ = z.pieces(chunk)
     z.run(
         "weigh", table.shape[0] * z.H, PLAIN, k, i, f, i if m0 is None else m0, m, *weights,
-        m if bar is None else bar, table, z.starts, z.N,
-        H=z.H, K=z.K, HAS=m0 is not None, BAR=bar is not None, C=chunk, KP=_pad(z.K),
+        m if spread is None else spread, m if bar is None else bar, table, z.starts, z.N,
+        H=z.H, K=z.K, HAS=m0 is not None, BAR=bar is not None, SPREAD=spread is not None, C=chunk,
+        KP=_pad(z.K),
     )  # fmt: skip
 
 
@@ -242,7 +248,7 @@ def _carry(
 def _walk(
     z: _Call, chunk: int, weights: tuple, k: Tensor, v: Tensor, x0: Tensor | None, sums: Tensor,
     s: Tensor | None, reverse: bool = False, s_end: Tensor | None = None, s0: Tensor | None = None,
-    other: Tensor | None = None,
+    other: Tensor | None = None, more: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Fills s, or without it sums; the products at borders if reversed. See the kernel."""
     (table, blocks), (borders, firsts), first = z.blocks(), z.pieces(BLOCK), z.pieces(chunk)[1]
@@ -253,10 +259,11 @@ def _walk(
     product = z.new(tiles, borders.shape[0], z.H) if reverse and s is not None else total
     z.run(
         "walk", table.shape[0] * z.H * tiles, tile, k, v, keep, total,
-        *(total if x is None else x for x in (x0, sums, s, s_end, s0, other)), product,
+        *(total if x is None else x for x in (more, x0, sums, s, s_end, s0, other)), product,
         table, blocks, first, firsts, z.starts, z.N, borders.shape[0],
         **z.sizes, HAS=x0 is not None, HAS0=s0 is not None, SPLIT=table.shape[0] > z.rows,
-        SUM=s is None, REVERSE=reverse, G=BLOCK // chunk, C=chunk, BK=bk, BV=bv, **z.dot,
+        SUM=s is None, MORE=more is not None, REVERSE=reverse, G=BLOCK // chunk, C=chunk, BK=bk,
+        BV=bv, **z.dot,
     )  # fmt: skip
     return product
 
@@ -272,11 +279,16 @@ def _forward(
     z = _Call(q, v, cu_seqlens)
     chunk, tile = z.launch.chunk, z.launch.scan
     h, s, m_end, tokens, bar, sums = _empty(z, v)
-    m, qn, over, *weights = tokens.unbind(0)
+    m, qn, over, spread, *weights = tokens.unbind(0)
     own, *_, keep, total = weights
     head = i, f, i if m0 is None else m0
     _gates(z, "gates", head, (own, over), (m, m_end), m0 is not None)
-    _weigh(z, chunk, k, i, f, m0, m, weights, bar)
+    if z.launch.whole:
+        n = bar
+        _weigh(z, chunk, k, i, f, m0, m, weights, spread, None)
+        _outputs(z, q, k, v, s0, m, qn, over, spread, weights, n, sums, s, h, eps)
+        return h, s, m_end, tokens, n, sums
+    _weigh(z, chunk, k, i, f, m0, m, weights, None, bar)
     n = _carry(z, chunk, bar, total, s0, s, False)
     chunks, first = z.pieces(chunk)
     M = z.new(z.H, z.N, chunk, dtype=z.stored)
@@ -297,10 +309,29 @@ def _forward(
     return h, s, m_end, tokens, n, sums
 
 
+def _outputs(
+    z: _Call, q: Tensor, k: Tensor, v: Tensor, s0: Tensor | None, m: Tensor, qn: Tensor,
+    over: Tensor, spread: Tensor, weights: Sequence[Tensor], n: Tensor, sums: Tensor, s: Tensor,
+    h: Tensor, eps: float,
+) -> None:  # fmt: skip
+    """Fills h, s, qn, over and n; sums of sequences that are cut."""
+    chunk, tile, (*weights, keep, total) = z.launch.chunk, z.launch.scan, weights
+    (table, blocks), first = z.blocks(), z.pieces(chunk)[1]
+    width = min(tile.width, _pad(z.V))
+    if table.shape[0] > z.rows:
+        _walk(z, chunk, (keep, total), k, v, None, sums, None, more=keep)
+    z.run(
+        "outputs", table.shape[0] * z.H * -(-z.V // width), tile, q, k, v, m, *weights, spread,
+        keep, total, total if s0 is None else s0, sums, n, qn, over, s, h, table, blocks, first,
+        z.starts, z.N, eps,
+        **z.sizes, HAS=s0 is not None, C=chunk, KP=_pad(z.K), BV=width,
+    )  # fmt: skip
+
+
 def _empty(z: _Call, v: Tensor) -> tuple[Tensor, ...]:
     chunks = z.N // z.launch.chunk + z.rows  # no fewer than there are, whatever cu_seqlens
     m_end, n = z.new(z.rows, z.H, 1), z.new(chunks, z.H, z.K)
-    return torch.empty_like(v), z.state(), m_end, z.per_token(9), n, z.sums()
+    return torch.empty_like(v), z.state(), m_end, z.per_token(10), n, z.sums()
 
 
 def _fake(q, k, v, i, f, s0, m0, cu_seqlens, eps):
@@ -317,19 +348,52 @@ def _backward(
     s0, m0, ds = (None if x is None else x.contiguous() for x in (s0, m0, ds))
     z = _Call(q, v, cu_seqlens)
     launch, H, N, C = z.launch, z.H, z.N, z.launch.backward
-    (chunks, first), (_, first_n) = z.pieces(C), z.pieces(launch.chunk)
-    split, parts = z.blocks()[0].shape[0] > z.rows, C // launch.rows
-    m, qn, _, *weights = tokens.unbind(0)
-    if launch.chunk != C:
-        weights = z.per_token(6).unbind(0)
-        _weigh(z, C, k, i, f, m0, m, weights, None)
-    *weights, keep, total = weights
+    m, qn, over, spread, *weights = tokens.unbind(0)
+    own, spare, straight, through, qdq, kdk = z.per_token(6).unbind(0)
+    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+    ds0, dm0 = z.state(), z.new(z.rows, H, 1)
+    sums_back = torch.empty_like(sums)
+    given, filled = (q, k, v, dh, ds, s0), (dq, dk, dv, ds0, own, straight, qdq, kdk, sums_back)
+    if launch.whole:
+        dn, borders = _back_whole(z, given, filled, (m, qn, over, spread), weights, n, sums, eps)
+    else:
+        if launch.chunk != C:
+            weights = z.per_token(6).unbind(0)
+            _weigh(z, C, k, i, f, m0, m, weights, None, None)
+        dn, borders = _back_apart(z, given, filled, (m, qn), weights, n, sums, eps)
+    last, tail = None if dm is None else dm.contiguous(), None
+    if ds is not None:  # the last s is divided by exp(m)
+        tail = (ds * s).sum((2, 3)).unsqueeze(-1)
+        last = -tail if last is None else last - tail
+    head = i, m, straight, straight if last is None else last
+    _gates(z, "routes", head, (own, spare), (through,), last is not None)
+    di, df = torch.empty_like(i), torch.empty_like(f)
+    (table, _), first, first_n = z.pieces(BLOCK), z.pieces(C)[1], z.pieces(launch.chunk)[1]
+    z.run(
+        "gates_backward", table.shape[0] * H, PLAIN, i, f, i if m0 is None else m0, m, through,
+        qdq, kdk, borders, n, dn, ds0, m if tail is None else tail, di, df, dm0, table, first,
+        first_n, z.starts, N, H, table.shape[0],
+        K=z.K, V=z.V, HAS=m0 is not None, TAIL=tail is not None, BORDERS=borders.shape[0],
+        NC=launch.chunk, C=C, B=BLOCK, KP=_pad(z.K), BP=_pad(borders.shape[0]),
+    )  # fmt: skip
+    return dq, dk, dv, di, df, ds0, dm0
+
+
+def _back_apart(
+    z: _Call, given: tuple, filled: tuple[Tensor, ...], tokens: tuple[Tensor, Tensor],
+    weights: Sequence[Tensor], n: Tensor, sums: Tensor, eps: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Fills dq, dk, dv, ds0 and what gates need. Returns the gradient of the normaliser after
+    chunks, and the products at borders."""
+    q, k, v, dh, ds, s0 = given
+    dq, dk, dv, ds0, over, straight, qdq, kdk, sums_back = filled
+    (m, qn), (*weights, keep, total) = tokens, weights
+    launch, H, N, C = z.launch, z.H, z.N, z.launch.backward
+    chunks, first_n, parts = z.pieces(C)[0], z.pieces(launch.chunk)[1], C // launch.rows
     S, dS = z.new(2, chunks.shape[0], H, z.K, z.V, dtype=z.stored).unbind(0)
     _walk(z, C, (keep, total), k, v, s0, sums, S)
-    over, spare, straight, through, qdq, kdk = z.per_token(6).unbind(0)
     M, dM = z.new(2, H, N, C, dtype=z.stored).unbind(0)
     dn = z.new(chunks.shape[0], H, parts, z.K)
-    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
     keys, values, programs = _pad(z.K), _pad(z.V), chunks.shape[0] * H * parts
     tile = launch.queries
     wide = min(tile.width, values)
@@ -340,32 +404,45 @@ def _backward(
         **z.sizes, NC=launch.chunk, C=C, R=launch.rows, BK=narrow, BD=wide, KP=keys,
         TURNS=max(-(-z.V // wide), -(-z.K // narrow)), **z.dot,
     )  # fmt: skip
-    ds0, dm0 = z.state(), z.new(z.rows, H, 1)
     dn = _carry(z, C, dn, total, ds, ds0, True)
-    sums = torch.empty_like(sums)
-    if split:
-        _walk(z, C, (over, total), q, dh, None, sums, None, True)
-    borders = _walk(z, C, (over, total), q, dh, ds, sums, dS, True, ds0, s0, S)
+    if z.blocks()[0].shape[0] > z.rows:
+        _walk(z, C, (over, total), q, dh, None, sums_back, None, True)
+    borders = _walk(z, C, (over, total), q, dh, ds, sums_back, dS, True, ds0, s0, S)
     z.run(
         "keys", programs, launch.keys, q, k, v, dh, dS, dn, M, dM, keep, kdk, dk, dv, chunks, N,
         **z.sizes, C=C, R=launch.rows, BD=min(launch.keys.width, values), KP=keys, **z.dot,
     )  # fmt: skip
-    last, tail = None if dm is None else dm.contiguous(), None
-    if ds is not None:  # the last s is divided by exp(m)
-        tail = (ds * s).sum((2, 3)).unsqueeze(-1)
-        last = -tail if last is None else last - tail
-    head = i, m, straight, straight if last is None else last
-    _gates(z, "routes", head, (over, spare), (through,), last is not None)
-    di, df = torch.empty_like(i), torch.empty_like(f)
-    table, _ = z.pieces(BLOCK)
+    return dn, borders
+
+
+def _back_whole(
+    z: _Call, given: tuple, filled: tuple[Tensor, ...], tokens: tuple[Tensor, ...],
+    weights: Sequence[Tensor], n: Tensor, sums: Tensor, eps: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As `_back_apart`, of heads whose state one program holds."""
+    q, k, v, dh, ds, s0 = given
+    dq, dk, dv, ds0, own, straight, qdq, kdk, sums_back = filled
+    (m, qn, over, spread), (*weights, keep, total) = tokens, weights
+    (table, blocks), (borders, firsts) = z.blocks(), z.pieces(BLOCK)
+    C, programs, first = z.launch.backward, table.shape[0] * z.H, z.pieces(z.launch.backward)[1]
+    M, dM = z.new(2, z.H, z.N, C, dtype=z.stored).unbind(0)
+    S = z.new(borders.shape[0], z.H, z.K, z.V, dtype=z.stored)
+    dn, product = torch.empty_like(n), z.new(1, borders.shape[0], z.H)
+    same = {**z.sizes, "G": BLOCK // C, "C": C, "KP": _pad(z.K), "VP": _pad(z.V)}
     z.run(
-        "gates_backward", table.shape[0] * H, PLAIN, i, f, i if m0 is None else m0, m, through,
-        qdq, kdk, borders, n, dn, ds0, m if tail is None else tail, di, df, dm0, table, first,
-        first_n, z.starts, N, H, table.shape[0],
-        K=z.K, V=z.V, HAS=m0 is not None, TAIL=tail is not None, BORDERS=borders.shape[0],
-        NC=launch.chunk, C=C, B=BLOCK, KP=keys, BP=_pad(borders.shape[0]),
+        "look_back", programs, z.launch.queries, q, k, v, dh, n, m, qn, over, *weights, spread,
+        keep, total, total if s0 is None else s0, sums, own, straight, qdq, M, dM, S, dq,
+        table, blocks, first, firsts, z.starts, z.N, eps, HAS=s0 is not None, **same,
     )  # fmt: skip
-    return dq, dk, dv, di, df, ds0, dm0
+    if table.shape[0] > z.rows:
+        _walk(z, C, (over, total), q, dh, None, sums_back, None, True, more=own)
+    z.run(
+        "look_ahead", programs, z.launch.keys, q, k, v, dh, M, dM, over, own, keep, total,
+        total if ds is None else ds, sums_back, S, total if s0 is None else s0, dn, ds0, product,
+        kdk, dk, dv, table, blocks, first, firsts, z.starts, z.N,
+        HAS=ds is not None, HAS0=s0 is not None, **same,
+    )  # fmt: skip
+    return dn, product
 
 
 def _fake_backward(dh, ds, dm, q, k, v, i, f, s0, m0, cu_seqlens, eps, s, tokens, n, sums):
