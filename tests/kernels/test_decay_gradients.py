@@ -83,7 +83,7 @@ def test_gradients(name):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     errors = json.loads(done.stdout)
-    assert max(errors.values()) < 1e-2, errors
+    assert all(error < 1e-2 for error in errors.values()), errors
 
 
 if __name__ == "__main__":

@@ -258,7 +258,8 @@ def reverse(
     ENDS: gl.constexpr,
 ):  # fmt: skip
     """dq, dk [N, H, K], dv [N, H, V], d_beta and d_log_a [N, H] of all pieces of a sequence, and
-    the gradient d_state [rows, H, K, V] of the state that entered it.
+    the gradient d_state [rows, H, K, V] of the state that entered it. Segments of long sequences
+    are sequences here.
 
     g [N, H, 32] and factors as `solve` writes them, e [N, H, V] and states [pieces, H, V, K] as
     `passes`; starts, first [rows + 1]: the first token and piece of sequences. d_final [rows, H, K,

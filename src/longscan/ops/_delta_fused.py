@@ -75,8 +75,8 @@ ROOM = 396
 LEAST = 4
 SHORTEST = 16
 
-# `reverse` has one program for a sequence and head, of which a multiprocessor holds one: with half
-# an H100 busy it is still ahead.
+# `reverse` has one program for a sequence, or segment, and head, of which a multiprocessor holds
+# one: with half an H100 busy it is still ahead.
 ENOUGH = 64
 
 
@@ -382,7 +382,8 @@ def _hopper(device: torch.device) -> bool:
 
 
 def _reverses(case: _Case, q, k, do) -> bool:
-    """Whether `reverse` takes this case: wide heads, rows of whole 16 bytes, many programs."""
+    """Whether `reverse` takes this case: wide heads with keys of their own, one write a token, rows
+    of whole 16 bytes, many programs."""
     d_key, d_value = k.shape[-1], do.shape[-1]
     return (
         32 < d_key <= 128
@@ -391,6 +392,7 @@ def _reverses(case: _Case, q, k, do) -> bool:
         and k.dtype is torch.bfloat16
         and k.shape[-2] == case.heads
         and case.common["STEPS"] == 1
+        and (case.launch.chunk, case.launch.every) == (32, 2)
         and (case.starts.shape[0] - 1) * case.heads >= ENOUGH
         and (q.data_ptr() | k.data_ptr() | do.data_ptr()) % 16 == 0
         and _hopper(k.device)
@@ -402,7 +404,8 @@ def _reverse(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As `_last`, from the states and errors alone; and d_state."""
     gated, d_value = log_a is not None, do.shape[-1]
-    dq, dk, dv, d_beta = (torch.empty_like(x) for x in (q, k, do, beta))
+    dq, dk, d_beta = (torch.empty_like(x) for x in (q, k, beta))
+    dv = k.new_empty(*k.shape[:-2], *do.shape[-2:])
     d_log_a = factors.new_empty(0, *do.shape[:-1])
     if gated:
         d_log_a = torch.empty_like(log_a, memory_format=torch.contiguous_format)

@@ -91,11 +91,14 @@ LAUNCHES = {
 def mlstm_fits(
     q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, state: MLSTMState | None = None
 ) -> bool:
-    """Whether the kernels compute this case: heads of K <= 256, V <= 512, nothing in float64."""
+    """Whether the kernels compute this case: heads of K <= 256, V <= 512, nothing in float64,
+    and something at all."""
     return (
         max(q.shape[-1], k.shape[-1]) <= 256
         and v.shape[-1] <= 512
         and all(x.dtype in DTYPES for x in (q, k, v, i, f, *(state or ())))
+        and q.numel() > 0
+        and v.numel() > 0
     )
 
 

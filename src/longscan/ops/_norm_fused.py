@@ -140,7 +140,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> gradients of x, weight, gate; the last two are empty where there is none.
 
-    dgate: where that of the gate is written; its rows lie as those of the gate.
+    dgate: where that of the gate is written, if its rows lie at regular places.
     """
     heads, d = _heads(x, gate, per_head), x.shape[-1]
     dx = x.new_empty(x.shape)
@@ -160,6 +160,8 @@ def _backward(
             flat, other, dx if weight is None else weight.contiguous(), rstd, dy.contiguous(),
             dx, d_other, partial, rows, heads, *apart, *gate_apart, *d_apart, scale, **constants,
         )  # fmt: skip
+    if gate is not None and d_other.data_ptr() != dgate.data_ptr():  # rows did not lie regularly
+        dgate = d_other.view(gate.shape)
     if weight is None:
         return dx, rstd.new_empty(0), dgate
     return dx, partial.sum(0).to(weight.dtype).view(weight.shape), dgate

@@ -57,11 +57,20 @@ class Whole:
         self._given.add(output)
         return out
 
-    def take(self) -> tuple[Tensor, list[Tensor]]:
-        """The buffer and its parts. From here on they belong to the caller."""
-        out = self._here()
+    def take(self, grads: Sequence[Tensor | None]) -> tuple[Tensor, list[Tensor]]:
+        """The buffer and its parts, which belong to the caller from here on.
+
+        grads: those of all outputs, by number. Where one has a place but is not there, autograd
+        added something to what is there, and that may be somebody's still: then all are new.
+        """
+        buffer, slices = self._here()
         self._buffer = None
-        return out
+        for output in self._given:
+            g = grads[output]
+            if g is None or not is_at(g, slices[self.parts[output]]):
+                buffer = torch.empty_like(buffer)
+                return buffer, list(buffer.split(self.sizes, -1))
+        return buffer, slices
 
 
 def place_of(x: Tensor) -> Callable[[Tensor], Tensor | None] | None:

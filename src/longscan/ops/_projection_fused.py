@@ -135,7 +135,7 @@ class _Projection(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         first_order_only()
         rows, weight, padded, part, taps, bias, state, cu_seqlens = ctx.saved_tensors
-        dp, slices = ctx.whole.take()
+        dp, slices = ctx.whole.take(grads)
         dys, dend = filled(grads[:PARTS], part, ctx.inner), grads[PARTS]
         d_taps, d_bias, d_state = conv_backward(
             part, taps, bias, state, cu_seqlens, ctx.silu, ctx.unit, dys, dend,
