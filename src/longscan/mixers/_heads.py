@@ -34,6 +34,7 @@ class HeadMixer(Mixer):
     """
 
     reads_by_product = True
+    shardable = True
 
     def __init__(
         self,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from longscan.ops import _across
 from longscan.ops._conv_fused import PARTS, conv_fits, conv_parts, unit_fits
 from longscan.ops._projection_fused import projection_fits, projection_fused
 from longscan.ops.conv import conv
@@ -67,7 +68,12 @@ class ShortConv(nn.Module):
         self, x: Tensor, state: Tensor | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         weight, bias = self._taps(x)
+        state = self.before(lambda cut: x[:, cut], state)
         return conv(x, weight, bias, state=state, cu_seqlens=cu_seqlens)
+
+    def before(self, x: Callable[[slice], Tensor], state: Tensor | None) -> Tensor | None:
+        """The windows that local sequences start from; x: its inputs in a stretch of tokens."""
+        return _across.window(x, self.weight.shape[-1] - 1, state)
 
     def activated(
         self, x: Tensor, state: Tensor | None, cu_seqlens: Tensor | None
@@ -86,6 +92,7 @@ class ShortConv(nn.Module):
     ) -> tuple[Sequence[Tensor], Tensor]:
         """`activated`, the result cut into parts of `sizes` channels, which are q and k first if
         there is a `unit`: see `unit_heads`."""
+        state = self.before(lambda cut: x[:, cut], state)
         if state is not None and is_token(x, state, cu_seqlens):
             done = window_step(x[:, 0], *self._taps(x), state, silu=True)
             if done is not None:
@@ -146,6 +153,7 @@ def convolved_projection(
     if eager and len(inner) <= PARTS and projection_fits(linear, x) and conv.by_kernel(x):
         assert isinstance(linear, nn.Linear)
         inside = unit if unit_fits(unit, inner) else 0
+        state = conv.before(lambda cut: linear(x[:, cut]).split(sizes, -1)[at], state)
         ys, window, parts = projection_fused(
             x, linear.weight, *conv.taps(), sizes=sizes, at=at, inner=inner, state=state,
             cu_seqlens=cu_seqlens, unit=inside,

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from longscan.mixers.base import Mixer
+from longscan.ops import _across
 from longscan.ops._check import check_state
 from longscan.ops._layout import check_cu_seqlens
 from longscan.state import State
@@ -20,11 +21,13 @@ def token_shift(x: Tensor, state: State | None, cu_seqlens: Tensor | None) -> tu
     Shapes: x [B, T, D]; state["shift"] [rows, 1, D], zeros before a sequence begins.
     """
     rows = x.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
-    if state is None:
-        first = x.new_zeros(rows, 1, x.shape[2])
-    else:
+    first = None
+    if state is not None:
         first = state.tensor("shift").to(x.dtype)
         check_state("shift", first, (rows, 1, x.shape[2]), "[rows, 1, D]")
+    first = _across.window(lambda cut: x[:, cut], 1, first)
+    if first is None:
+        first = x.new_zeros(rows, 1, x.shape[2])
     if cu_seqlens is None:
         # A copy: a view would keep the whole of x alive with the state.
         return torch.cat([first, x[:, :-1]], 1), x[:, -1:].clone()
@@ -43,6 +46,7 @@ class TokenShiftMixer(Mixer):
     """
 
     no_weight_decay = ("mu",)
+    shardable = True
 
     def __init__(
         self, d_model: int, n_mixes: int, layer: int | None = None, n_layers: int | None = None

@@ -35,6 +35,7 @@ class Attention(Mixer):
     """
 
     reads_by_product = True
+    shardable = True
 
     def __init__(
         self,

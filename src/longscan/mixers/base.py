@@ -28,6 +28,8 @@ class Mixer(nn.Module):
     owns_norm: True if the mixer normalises its input itself and wants the residual stream as it is.
     reads_by_product: True if products are all that reads the input, so that it may come rounded to
     what autocast would round it to there.
+    shardable: True if all that crosses from token to token goes through ops that know of shards
+    (`longscan.ops._across`); else a sequence on several devices passes them one after another.
     penalty: what the last forward in training adds to the model's loss (a scalar), or None.
     shares_value: True if the mixer has `mix(..., first=) -> (y, state, first)`, where `first` is
     what the first such mixer of a model made of the same tokens (RWKV-7's value residual).
@@ -38,6 +40,7 @@ class Mixer(nn.Module):
     owns_norm: ClassVar[bool] = False
     shares_value: ClassVar[bool] = False
     reads_by_product: ClassVar[bool] = False
+    shardable: ClassVar[bool] = False
     penalty: Tensor | None = None
     lr_limit: Mapping[str, float] = MappingProxyType({})
 

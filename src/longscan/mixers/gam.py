@@ -41,6 +41,8 @@ class GAM(Mixer):
     Reference: rishiraj/gam, Apache-2.0.
     """
 
+    shardable = True
+
     def __init__(
         self,
         d_model: int,

@@ -51,6 +51,7 @@ class LSSL(Mixer):
     Reference: state-spaces/s4, Apache-2.0.
     """
 
+    shardable = True
     keep_float32 = (*_A, "log_dt", "C", "D", "bias")
     no_weight_decay = (*_A, "log_dt")
 

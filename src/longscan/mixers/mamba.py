@@ -10,13 +10,14 @@ from torch.nn import functional as F
 
 from longscan.mixers._parts import ShortConv, convolved_projection, init_dt_bias_
 from longscan.mixers.base import Mixer
+from longscan.ops import _across
 from longscan.ops._check import compute_dtype
 from longscan.ops._selective_fused import selective_fits, selective_fused
 from longscan.ops._step_fused import scan_fits, scan_fused
 from longscan.ops.conv import conv_step
 from longscan.ops.dispatch import backend_of, by_kernel
 from longscan.ops.norm import rms_norm
-from longscan.ops.selective import selective, selective_step
+from longscan.ops.selective import selective, selective_entering, selective_step
 from longscan.ops.step import is_token, window_step
 from longscan.state import State
 
@@ -56,6 +57,7 @@ class Mamba(Mixer):
     """
 
     reads_by_product = True
+    shardable = True
     keep_float32 = ("A_log", "D")
     no_weight_decay = ("A_log", "D")
 
@@ -132,6 +134,8 @@ class Mamba(Mixer):
         a, h = -self.A_log.exp(), None if state is None else state.tensor("ssm")
         steps, more = self.dt_proj(r), {"D": self.D, "z": z}
         if by_kernel("selective", u, lambda: selective_fits(u, steps, a, b, c, state=h, **more)):
+            if _across.active() is not None:
+                h = selective_entering(u, F.softplus(steps), a, b, h)
             y, h = selective_fused(
                 u, steps, a, b, c, state=h, cu_seqlens=cu_seqlens, softplus=True, **more
             )

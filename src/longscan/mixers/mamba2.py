@@ -43,6 +43,7 @@ class Mamba2(Mixer):
     """
 
     reads_by_product = True
+    shardable = True
     keep_float32 = ("A_log", "D", "dt_bias")
     no_weight_decay = ("A_log", "D", "dt_bias")
 

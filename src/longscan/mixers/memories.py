@@ -96,6 +96,8 @@ class TestTimeMemory(HeadMixer):
     # Starting weights are a state, and what pulls a state back is its retention.
     no_weight_decay = keep_float32
 
+    shardable = False  # a step of descent is not an affine map
+
     def __init__(
         self,
         d_model: int,

@@ -60,6 +60,7 @@ class MLSTM(Mixer):
     """
 
     reads_by_product = True
+    shardable = True
     keep_float32 = ("gate_bias",)
 
     def __init__(

@@ -36,6 +36,7 @@ class MLSTMLarge(Mixer):
     """
 
     reads_by_product = True
+    shardable = True
     keep_float32 = ("gate_bias",)
 
     def __init__(

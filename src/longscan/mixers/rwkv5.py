@@ -8,8 +8,9 @@ from torch.nn import functional as F
 
 from longscan.mixers._blockdiag import HeadLayerNorm
 from longscan.mixers._rwkv import TokenShiftMixer, head_size
+from longscan.ops import _across
 from longscan.ops._check import check_state, compute_dtype
-from longscan.ops.decay import decay
+from longscan.ops.decay import decay, decay_segment
 from longscan.state import State
 
 
@@ -100,7 +101,11 @@ class RWKV5(TokenShiftMixer):
         )
         log_a = (-self.time_decay.exp()).expand(*x.shape[:2], *self.time_decay.shape)
         s = None if state is None else state.tensor("s")
-        o, s = _decay_before(r, k, v, log_a, s, cu_seqlens)
+        s = _across.entering(
+            lambda cut: decay_segment(k[:, cut], v[:, cut], log_a[:, cut].to(compute_dtype(v))), s
+        )
+        with _across.within(None):
+            o, s = _decay_before(r, k, v, log_a, s, cu_seqlens)
         u = self.u.unsqueeze(-1) if self.u.ndim == 1 else self.u
         y = self.norm(o + (r * k * u).sum(-1, keepdim=True) * v)
         if self.g_proj is not None:

@@ -86,6 +86,7 @@ class S4D(SystemMixer):
     Reference: state-spaces/s4, Apache-2.0.
     """
 
+    shardable = True
     keep_float32 = ("inv_dt", "A_real", "A_imag", "B", "C", "D")
     no_weight_decay = ("inv_dt", "A_real", "A_imag", "B")
 

@@ -6,7 +6,7 @@ import difflib
 import inspect
 import math
 from collections.abc import Mapping
-from typing import Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from longscan.ops._check import cast, compute_dtype
 from longscan.ops.glu import glu
 from longscan.ops.norm import add_rms_norm, rms_norm
 from longscan.state import State
+
+if TYPE_CHECKING:
+    from longscan.parallel import Shards
 
 Stream = Tensor | tuple[Tensor, Tensor | None]
 """The residual stream between blocks: x, or a pair for the sum of both."""
@@ -141,6 +144,7 @@ class Block(nn.Module):
     `shares_value` what the first of them in the model made of these tokens (see Mixer).
     x may be a pair (x, branch) that stands for x + branch, branch None for nothing; then such a
     pair is returned. Each sum is then made with the norm that follows it, in one kernel.
+    shards: how the sequences lie on the ranks that hold parts of them (`longscan.parallel`).
     Precision: x is the residual stream and stays float32 (float64 in a float64 model) when
     weights or autocast are narrower. Under autocast on a GPU the MLP, and a mixer that
     `reads_by_product`, get it in autocast's dtype; others, which mix tokens before any product
@@ -182,15 +186,24 @@ class Block(nn.Module):
         *,
         cu_seqlens: Tensor | None = None,
         first: Any = None,
+        shards: Shards | None = None,
     ) -> tuple[Stream, State, Any]:
         pair = isinstance(x, tuple)
         x, branch = x if pair else (x, None)
         u, x = enter(self.norm, x, branch, narrow=self.mixer.reads_by_product)
-        if self.mixer.shares_value:
-            mix: Any = self.mixer.mix
-            y, carried, first = mix(u, state, cu_seqlens=cu_seqlens, first=first)
+
+        def mix(u: Tensor, state: State | None, cu_seqlens: Tensor | None) -> tuple[Tensor, State]:
+            nonlocal first
+            if not self.mixer.shares_value:
+                return self.mixer(u, state, cu_seqlens=cu_seqlens)
+            shared: Any = self.mixer.mix
+            y, after, first = shared(u, state, cu_seqlens=cu_seqlens, first=first)
+            return y, after
+
+        if shards is None:
+            y, carried = mix(u, state, cu_seqlens)
         else:
-            y, carried = self.mixer(u, state, cu_seqlens=cu_seqlens)
+            y, carried = shards.mix(self.mixer, mix, u, state)
         branch = self.dropout(y)
         if self.mlp is not None:
             u, x = enter(self.mlp_norm, x, branch, narrow=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,9 @@ from longscan.models.config import LanguageModelConfig
 from longscan.models.stack import Stack, check_ids
 from longscan.ops.loss import linear_cross_entropy
 from longscan.state import State
+
+if TYPE_CHECKING:
+    from longscan.parallel import Shards
 
 
 class LanguageModel(Stack):
@@ -63,11 +66,16 @@ class LanguageModel(Stack):
         return total
 
     def hidden(
-        self, ids: Tensor, state: State | None = None, *, cu_seqlens: Tensor | None = None
+        self,
+        ids: Tensor,
+        state: State | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        shards: Shards | None = None,
     ) -> tuple[Tensor, State]:
         """Hidden states [B, T, d_model] after the final norm, and the state."""
         check_ids(ids, self.config.vocab_size)
-        return self.features(self.embedding(ids), state, cu_seqlens=cu_seqlens)
+        return self.features(self.embedding(ids), state, cu_seqlens=cu_seqlens, shards=shards)
 
     def logits(self, h: Tensor) -> Tensor:
         """Logits [..., vocab_size] of hidden states [..., d_model]."""
@@ -82,18 +90,21 @@ class LanguageModel(Stack):
         *,
         cu_seqlens: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        shards: Shards | None = None,
     ) -> tuple[Tensor, State]:
         """Logits [B, T, vocab_size] and the state.
+
+        shards: ids, and so the logits, are this rank's part (`longscan.parallel`).
 
         attention_mask [B, T]: 1 for tokens, 0 for padding on the left or on the right of a row.
         Padding is taken out before the blocks (the rows are packed) and has logits 0; states have
         B rows and know nothing of it.
         """
         if attention_mask is None:
-            h, state = self.hidden(ids, state, cu_seqlens=cu_seqlens)
+            h, state = self.hidden(ids, state, cu_seqlens=cu_seqlens, shards=shards)
             return self.logits(h), state
-        if cu_seqlens is not None:
-            raise ValueError("pass attention_mask or cu_seqlens, not both")
+        if cu_seqlens is not None or shards is not None:
+            raise ValueError("pass attention_mask, or cu_seqlens, or shards: not two of them")
         keep, bounds = _unpad(ids, attention_mask)
         h, state = self.hidden(ids[keep][None], state, cu_seqlens=bounds)
         logits = self.logits(h[0])
@@ -108,26 +119,36 @@ class LanguageModel(Stack):
         *,
         cu_seqlens: Tensor | None = None,
         reduction: str = "mean",
+        shards: Shards | None = None,
     ) -> tuple[Tensor, State]:
         """Cross entropy of targets [B, T] (-100: none) and the state; logits are never whole.
 
         reduction: mean over tokens with a target (0 if there are none) | sum | none ([B, T]). In
         training the mean contains the penalties of mixers that have some (see Mixer).
+        shards: ids and targets are this rank's part. The mean is then that over all ranks, and its
+        gradient on a rank that of the rank's own tokens: sums over ranks make the whole.
         """
         if targets.shape != ids.shape:
             raise ValueError(
                 f"targets {list(targets.shape)} must have the shape of ids {list(ids.shape)}"
             )
-        h, state = self.hidden(ids, state, cu_seqlens=cu_seqlens)
+        h, state = self.hidden(ids, state, cu_seqlens=cu_seqlens, shards=shards)
+        spread = shards is not None and reduction == "mean"
         loss = linear_cross_entropy(
             h.flatten(0, 1),
             self.head_weight,
             targets.flatten(),
-            reduction=reduction,
+            reduction="sum" if spread else reduction,
             n_classes=self.config.vocab_size,
             logit_cap=self.config.logit_cap,
         )
-        if reduction == "mean" and (penalty := self.penalty()) is not None:
+        penalty = self.penalty() if reduction == "mean" else None
+        if shards is not None and spread:
+            loss = shards.mean(loss, (targets != -100).sum())
+            if penalty is not None:
+                tokens = torch.tensor(targets.numel(), device=loss.device)
+                penalty = shards.mean(penalty * tokens, tokens)
+        if penalty is not None:
             loss = loss + penalty
         return (loss.view_as(targets) if reduction == "none" else loss), state
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from longscan.models.checkpoint import load_weights, read_config, read_weights, 
 from longscan.models.config import StackConfig
 from longscan.ops.norm import adds
 from longscan.state import State
+
+if TYPE_CHECKING:
+    from longscan.parallel import Shards
 
 
 class Stack(nn.Module):
@@ -95,10 +98,21 @@ class Stack(nn.Module):
             )
 
     def features(
-        self, x: Tensor, state: State | None = None, *, cu_seqlens: Tensor | None = None
+        self,
+        x: Tensor,
+        state: State | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        shards: Shards | None = None,
     ) -> tuple[Tensor, State]:
-        """Features after the final norm [B, T, d_model], and the state."""
+        """Features after the final norm [B, T, d_model], and the state.
+
+        shards: x is this rank's part of sequences that `longscan.parallel` spreads over ranks;
+        states are those of whole rows, the same on all ranks.
+        """
         self._check_state(state)
+        if shards is not None and cu_seqlens is not None:
+            raise ValueError("pass cu_seqlens to `SequenceParallel.shards`, not beside shards")
         if x.ndim != 3 or x.shape[1] == 0 or x.shape[2] != self.config.d_model:
             raise ValueError(
                 f"features must have shape [batch, time >= 1, {self.config.d_model}], "
@@ -115,14 +129,17 @@ class Stack(nn.Module):
         stream: Stream = (x, None) if not again and adds(x) and not self._watched() else x
         for i, block in enumerate(self._blocks):
             s = None if state is None else state.child(str(i))
-            more = {"cu_seqlens": cu_seqlens, "first": first}
+            more: dict[str, Any] = {"cu_seqlens": cu_seqlens, "first": first, "shards": shards}
             if again:
+                if shards is not None:  # what came from other ranks is kept, not sent again
+                    more["context_fn"] = shards.tape.twice
                 stream, s, first = checkpoint(block, stream, s, **more, use_reentrant=False)  # type: ignore[misc]
             else:
                 stream, s, first = block(stream, s, **more)
             carried[str(i)] = s
         x, branch = stream if isinstance(stream, tuple) else (stream, None)
-        return enter(self.norm, x, branch)[0], State(carried)
+        after = State(carried) if shards is None else shards.final(State(carried))
+        return enter(self.norm, x, branch)[0], after
 
     def _watched(self) -> bool:
         """Whether hooks look at what enters or leaves a block: they shall see the whole stream."""
@@ -132,9 +149,14 @@ class Stack(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, state: State | None = None, *, cu_seqlens: Tensor | None = None
+        self,
+        x: Tensor,
+        state: State | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        shards: Shards | None = None,
     ) -> tuple[Tensor, State]:
-        return self.features(x, state, cu_seqlens=cu_seqlens)
+        return self.features(x, state, cu_seqlens=cu_seqlens, shards=shards)
 
     def penalty(self) -> Tensor | None:
         """What mixers want added to the loss of the last forward in training, or None."""

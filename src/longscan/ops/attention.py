@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from longscan.ops import _cache
+from longscan.ops import _across, _cache
 from longscan.ops._check import check_floating, check_shape, compute_dtype
 from longscan.ops._layout import check_cu_seqlens, remembered
 from longscan.ops.dispatch import choose
@@ -348,8 +348,17 @@ def attention(
         "attention", v, backend, {"reference": attention_reference, "torch": attention_chunked}
     )
     autocast = torch.is_autocast_enabled(q.device.type)
+    shards = _across.active()
     with torch.autocast(q.device.type, enabled=False) if autocast else nullcontext():
-        o, after = run(q, k, v, window=window, scale=scale, state=state, cu_seqlens=cu_seqlens)
+        if shards is not None:
+            o, after = shards.attention(
+                q, k, v, window=window, state=state,
+                attend=lambda q, k, v, state, bounds: run(
+                    q, k, v, window=window, scale=scale, state=state, cu_seqlens=bounds
+                ),
+            )  # fmt: skip
+        else:
+            o, after = run(q, k, v, window=window, scale=scale, state=state, cu_seqlens=cu_seqlens)
     return o.to(out), after
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from longscan import algebra
 from longscan.algebra import SegmentMap
+from longscan.ops import _across
 from longscan.ops._check import (
     cast,
     check_floating,
@@ -158,12 +161,72 @@ def decay_segment(k: Tensor, v: Tensor, log_a: Tensor | None = None) -> SegmentM
 
     Shapes: as `decay`; map axes [B, H, K, V].
     """
-    q = torch.zeros_like(k)
-    _, u = decay_chunked(q, k, v, log_a)
+    k, v, log_a = cast(compute_dtype(k, v, log_a), k, v, log_a)
+    groups, heads = k.shape[2], v.shape[2]
     if log_a is None:
-        return SegmentMap("identity", None, u)
-    total = log_a.sum(1)
-    return SegmentMap("diagonal", total if log_a.ndim == 4 else total.unsqueeze(-1), u)
+        return SegmentMap("identity", None, _written(k, v))
+    # What is left of each write at the end: sums from there, so that late writes lose no digits.
+    left = log_a.flip(1).cumsum(1).flip(1)
+    total, kept = left[:, 0], F.pad(left[:, 1:], (0, 0) * (left.ndim - 2) + (0, 1)).exp()
+    if log_a.ndim == 4:
+        k = k if groups == heads else k.repeat_interleave(heads // groups, 2)
+        return SegmentMap("diagonal", total, _written(k * kept, v))
+    return SegmentMap("diagonal", total.unsqueeze(-1), _written(k, v * kept.unsqueeze(-1)))
+
+
+def _written(k: Tensor, v: Tensor) -> Tensor:
+    """sum_t k_t v_t^T [B, H, K, V]."""
+    v = v.unflatten(2, (k.shape[2], -1))
+    return torch.einsum("btgk,btgrv->bgrkv", k, v).flatten(1, 2)
+
+
+def _spread(
+    shards: _across.Across,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_a: Tensor | None,
+    state: Tensor | None,
+    run: Callable[[Tensor | None], tuple[Tensor, Tensor]],
+    scale: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`decay` of a shard: its tokens as if no state entered, while the state is on its way."""
+    u = v if scale is None else scale.unsqueeze(-1) * v
+
+    def segment(cut: slice) -> SegmentMap:
+        with full_precision(v):
+            return decay_segment(k[:, cut], u[:, cut], None if log_a is None else log_a[:, cut])
+
+    exchange = shards.begin(segment, state)
+    others = exchange.others()
+    assert not isinstance(others, tuple)
+    with _across.within(None):
+        o, s = run(others)
+    enters, first = exchange.wait(), shards.first
+    assert isinstance(enters, Tensor)
+    with full_precision(v):
+        q, b = q[:, first].to(enters.dtype), None
+        groups = q.shape[2]
+        if log_a is not None:
+            b = log_a[:, first].to(enters.dtype).cumsum(1)
+        if b is not None and b.ndim == 4:
+            r = v.shape[2] // groups
+            read = torch.einsum(
+                "bthk,bhkv->bthv", (q if r == 1 else q.repeat_interleave(r, 2)) * b.exp(), enters
+            )
+        else:
+            by_group = enters.unflatten(1, (groups, -1))
+            read = torch.einsum("btgk,bgrkv->btgrv", q, by_group).flatten(2, 3)
+            read = read if b is None else read * b.exp().unsqueeze(-1)
+        left = enters
+        if b is not None:
+            end = b[:, -1].exp()
+            left = (end if end.ndim == 3 else end.unsqueeze(-1)).unsqueeze(-1) * enters
+        o = o.to(read.dtype)
+        rest = o.shape[1] - read.shape[1]
+        o = o + read if not rest else torch.cat([o[:, first] + read, o[:, first.stop :]], 1)
+        s = s + left if len(s) == len(left) else torch.cat([s[:1] + left, s[1:]])
+    return o.to(v.dtype), s
 
 
 def decay(
@@ -211,6 +274,12 @@ def decay(
         check_shape("skip", skip, (heads,), "[H]")
     rows = batch if cu_seqlens is None else cu_seqlens.numel() - 1
     check_state("state", state, (rows, heads, d_key, d_value), "[rows, H, K, V]")
+    if (shards := _across.active()) is not None:
+        run = partial(
+            decay, q, k, v, log_a, scale=scale, skip=skip, cu_seqlens=cu_seqlens, chunk=chunk,
+            backend=backend,
+        )  # fmt: skip
+        return _spread(shards, q, k, v, log_a, state, lambda s: run(state=s), scale)
     dtype, out = compute_dtype(q, k, v, log_a, scale, skip, state), v.dtype
     kernel: Callable = decay_fused
     fits: Callable = decay_fits

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from longscan.algebra import SegmentMap
+from longscan.ops import _across
 from longscan.ops._check import (
     cast,
     check_floating,
@@ -157,17 +159,21 @@ def delta_segment(
 
     Shapes: as `delta`; map axes [B, H, K, V].
     """
-    heads, d_key = v.shape[-2], k.shape[-1]
-    q = k.new_zeros(v.shape[0], v.shape[1], k.shape[-2], d_key)
     # The rule is affine with the same linear part for every column: columns of the identity
     # with v = 0 give M.
-    eye = torch.eye(d_key, dtype=k.dtype, device=k.device)
-    state = torch.cat([v.new_zeros(v.shape[0], heads, d_key, v.shape[-1]),
-                       eye.expand(v.shape[0], heads, -1, -1)], -1)  # fmt: skip
-    wide = torch.cat([v, v.new_zeros(*v.shape[:-1], d_key)], -1)
-    _, s = delta_chunked(q, k, wide, beta, log_a, state=state, chunk=chunk)
-    u, m = s.split([v.shape[-1], d_key], -1)
-    return SegmentMap("matrix", m, u)
+    with _across.within(None), full_precision(v):
+        k, v, beta, log_a = cast(compute_dtype(k, v, beta, log_a), k, v, beta, log_a)
+        heads, d_key, d_value = v.shape[-2], k.shape[-1], v.shape[-1]
+        q = k.new_zeros(v.shape[0], v.shape[1], k.shape[-2], d_key)
+        eye = torch.eye(d_key, dtype=k.dtype, device=k.device).expand(v.shape[0], heads, -1, -1)
+        if v.is_cuda:  # kernels have limits on V
+            zeros = v.new_zeros(*v.shape[:-1], d_key)
+            _, m = delta(q, k, zeros, beta, log_a, state=eye.contiguous())
+            return SegmentMap("matrix", m, delta(q, k, v, beta, log_a)[1])
+        state, wide = F.pad(eye, (d_value, 0)), F.pad(v, (0, d_key))
+        _, s = delta_chunked(q, k, wide, beta, log_a, state=state, chunk=chunk)
+        u, m = s.split([d_value, d_key], -1)
+        return SegmentMap("matrix", m, u)
 
 
 def delta(
@@ -219,6 +225,12 @@ def delta(
         check_log_decay(log_a)
     rows = batch if cu_seqlens is None else cu_seqlens.numel() - 1
     check_state("state", state, (rows, heads, d_key, d_value), "[rows, H, K, V]")
+
+    def segment(cut: slice) -> SegmentMap:
+        gates = None if log_a is None else log_a[:, cut]
+        return delta_segment(k[:, cut], v[:, cut], beta[:, cut], gates)
+
+    state = _across.entering(segment, state)
     dtype, out = compute_dtype(q, k, v, beta, log_a, state), v.dtype
     kernel, fits = delta_fused, delta_fits
     if log_a is not None and log_a.ndim == 4:

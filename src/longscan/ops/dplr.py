@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from longscan import algebra
 from longscan.algebra import SegmentMap
+from longscan.ops import _across
 from longscan.ops._check import (
     cast,
     check_floating,
@@ -131,13 +132,18 @@ def dplr_segment(
 
     Shapes: as `dplr`; map axes [B, H, K, V].
     """
+    given = (k, v, log_a, erase, write)
+    k, v, log_a, erase, write = cast(compute_dtype(*given), *given)
     d_key, d_value = k.shape[-1], v.shape[-1]
     # Every column of the state goes through the same linear part: columns of the identity,
     # with values of zero, come out as M.
     eye = torch.eye(d_key, dtype=k.dtype, device=k.device)
     state = F.pad(eye, (d_value, 0)).expand(k.shape[0], k.shape[2], -1, -1)
     wide = F.pad(v, (0, d_key))
-    _, s = dplr_chunked(torch.zeros_like(k), k, wide, log_a, erase, write, state=state, chunk=chunk)
+    with full_precision(v):
+        _, s = dplr_chunked(
+            torch.zeros_like(k), k, wide, log_a, erase, write, state=state, chunk=chunk
+        )
     u, m = s.split([d_value, d_key], -1)
     return SegmentMap("matrix", m, u)
 
@@ -183,6 +189,9 @@ def dplr(
     check_log_decay(log_a)
     rows = batch if cu_seqlens is None else cu_seqlens.numel() - 1
     check_state("state", state, (rows, heads, d_key, d_value), "[rows, H, K, V]")
+    state = _across.entering(
+        lambda cut: dplr_segment(*(x[:, cut] for x in (k, v, log_a, erase, write))), state
+    )
     dtype, out = compute_dtype(q, k, v, log_a, erase, write, state), v.dtype
     with full_precision(v):
         tokens = cast(dtype, q, k, v, log_a, erase, write)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from longscan.algebra import SegmentMap
-from longscan.ops import _lti
+from longscan.ops import _across, _lti
 from longscan.ops._check import (
     cast,
     check_floating,
@@ -227,6 +227,14 @@ def lti_segment(u: Tensor, a: Tensor, b: Tensor, *, chunk: int | None = None) ->
     return SegmentMap("matrix", total, s.unsqueeze(-1))
 
 
+def _entering(u: Tensor, a: Tensor, b: Tensor, state: Tensor | None) -> Tensor:
+    """The states that a shard of tokens starts from."""
+    if state is not None:
+        state = (torch.view_as_complex(state) if a.is_complex() else state).unsqueeze(-1)
+    enters = _across.entering(lambda cut: lti_segment(u[:, cut], a, b), state).squeeze(-1)
+    return torch.view_as_real(enters) if a.is_complex() else enters
+
+
 def lti(
     u: Tensor,
     a: Tensor,
@@ -269,6 +277,8 @@ def lti(
         rows = batch if cu_seqlens is None else cu_seqlens.numel() - 1
         axes = "[rows, H, N, 2]" if a.is_complex() else "[rows, H, N]"
         check_state("state", state, (rows, *_state_shape(b)), axes)
+        if _across.active() is not None:
+            state = _entering(u, a, b, state)
         run = choose("lti", u, backend, {"reference": lti_reference, "torch": lti_chunked})
         if length > 1:
             _check_stable(a)

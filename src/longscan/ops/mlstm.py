@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from longscan import algebra
 from longscan.algebra import EMPTY, SegmentMap
+from longscan.ops import _across
 from longscan.ops._check import (
     cast,
     check_floating,
@@ -178,12 +179,14 @@ def mlstm_segment(k: Tensor, v: Tensor, i: Tensor, f: Tensor, *, chunk: int = 64
 
     Shapes: as `mlstm`; map axes [B, H, K, V + 1], log decay and log scale [B, H, 1].
     """
-    plan = layout(v.shape[0], v.shape[1], chunk, None)
-    s, m = _first_state(k, v)
-    log_f, m = F.logsigmoid(f), m + EMPTY
-    maps, _ = _chunks(plan, k, k, v, i, _floored(log_f, i, m), 0.0)
-    _, (s, m) = algebra.scan(maps, (s, m), plan.counts)
-    return SegmentMap("diagonal", log_f.sum(1).unsqueeze(-1), s, m)
+    with full_precision(v):
+        k, v, i, f = cast(compute_dtype(k, v, i, f), k, v, i, f)
+        plan = layout(v.shape[0], v.shape[1], chunk, None)
+        s, m = _first_state(k, v)
+        log_f, m = F.logsigmoid(f), m + EMPTY
+        maps, _ = _chunks(plan, k, k, v, i, _floored(log_f, i, m), 0.0)
+        _, (s, m) = algebra.scan(maps, (s, m), plan.counts)
+        return SegmentMap("diagonal", log_f.sum(1).unsqueeze(-1), s, m)
 
 
 def mlstm(
@@ -234,6 +237,13 @@ def mlstm(
         check_floating(s=state[0], m=state[1])
         check_state("s", state[0], (rows, heads, d_key, d_value + 1), "[rows, H, K, V + 1]")
         check_state("m", state[1], (rows, heads, 1), "[rows, H, 1]")
+    if _across.active() is not None:
+        start = state
+        if start is None:
+            start = _first_state(k.to(wide := compute_dtype(k, v)), v.to(wide), rows)
+        state = _across.entering(
+            lambda cut: mlstm_segment(*(x[:, cut] for x in (k, v, i, f))), start
+        )
     dtype, out = compute_dtype(q, k, v, i, f, *(state or ())), v.dtype
     forms = {"reference": mlstm_reference, "torch": mlstm_chunked, "triton": mlstm_fused}
     run = choose(

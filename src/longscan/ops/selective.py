@@ -6,7 +6,14 @@ import torch
 from torch import Tensor
 
 from longscan.algebra import SegmentMap
-from longscan.ops._check import check_floating, check_shape, check_state, compute_dtype
+from longscan.ops import _across
+from longscan.ops._check import (
+    check_floating,
+    check_shape,
+    check_state,
+    compute_dtype,
+    full_precision,
+)
 from longscan.ops._layout import check_cu_seqlens
 from longscan.ops._selective import base2, selective_chunked
 from longscan.ops._selective_fused import selective_fits, selective_fused
@@ -79,8 +86,22 @@ def selective_segment(u: Tensor, dt: Tensor, A: Tensor, B: Tensor) -> SegmentMap
     Shapes: as `selective`; map axes [B, E, N, 1], so that a state [B, E, N] enters as
     `segment(state.unsqueeze(-1)).squeeze(-1)`.
     """
-    _, end = selective_chunked(u, dt, A, B, B)
-    return SegmentMap("diagonal", dt.sum(1).unsqueeze(-1) * A, end.unsqueeze(-1))
+    with _across.within(None), full_precision(u):
+        _, end = selective(u, dt, A, B, B)
+        total = dt.to(compute_dtype(dt, A)).sum(1).unsqueeze(-1) * A
+    return SegmentMap("diagonal", total, end.unsqueeze(-1))
+
+
+def selective_entering(
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, state: Tensor | None
+) -> Tensor | None:
+    """The states that a shard of tokens starts from (`ops._across.entering`)."""
+
+    def segment(cut: slice) -> SegmentMap:
+        return selective_segment(u[:, cut], dt[:, cut], A, B if B.ndim == 2 else B[:, cut])
+
+    enters = _across.entering(segment, None if state is None else state.unsqueeze(-1))
+    return None if enters is None else enters.squeeze(-1)
 
 
 def selective(
@@ -115,6 +136,8 @@ def selective(
     check_state("state", state, (rows, *A.shape), "[rows, E, N]")
     if cu_seqlens is not None and not torch.compiler.is_compiling():
         check_cu_seqlens(cu_seqlens, u.shape[0], u.shape[1])
+    if _across.active() is not None:
+        state = selective_entering(u, dt, A, B, state)
     wide, out = compute_dtype(u, dt, A, B, C, state), u.dtype
     forms = {
         "reference": selective_reference, "torch": selective_chunked, "triton": selective_fused

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from longscan import algebra
 from longscan.algebra import SegmentMap
+from longscan.ops import _across
 from longscan.ops._check import (
     cast,
     check_floating,
@@ -159,6 +160,9 @@ def slots(
         check_shape("bank", bank, size, "[H, M, K + V]")
     rows = batch if cu_seqlens is None else cu_seqlens.numel() - 1
     check_state("state", state, (rows, *size), "[rows, H, M, K + V]")
+    state = _across.entering(
+        lambda cut: slots_segment(*(x[:, cut] for x in (k, v, w, log_a))), state
+    )
     dtype, out = compute_dtype(q, k, v, w, log_a, bank, state), v.dtype
     with full_precision(v):
         q, k, v, w, log_a, bank, state = cast(dtype, q, k, v, w, log_a, bank, state)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from longscan import algebra
 from longscan.algebra import EMPTY, SegmentMap
+from longscan.ops import _across
 from longscan.ops._check import (
     cast,
     check_floating,
@@ -121,6 +122,22 @@ def wkv_segment(k: Tensor, v: Tensor, log_a: Tensor) -> SegmentMap:
     return SegmentMap("diagonal", (k.shape[1] * log_a).expand_as(m), s, m)
 
 
+def _entering(k: Tensor, v: Tensor, log_a: Tensor, state: WKVState | None, rows: int) -> WKVState:
+    """The states that a shard of tokens starts from: a head of one key for each channel."""
+
+    def segment(cut: slice) -> SegmentMap:
+        with full_precision(v):
+            of = wkv_segment(*cast(compute_dtype(k, v, log_a), k[:, cut], v[:, cut], log_a))
+        assert of.a is not None
+        assert of.m is not None
+        return SegmentMap("diagonal", of.a.unsqueeze(-1), of.u.unsqueeze(-2), of.m.unsqueeze(-1))
+
+    if state is None:
+        state = first_state(v, rows)
+    s, m = _across.entering(segment, (state[0].unsqueeze(-2), state[1].unsqueeze(-1)))
+    return s.squeeze(-2), m.squeeze(-1)
+
+
 def wkv(
     k: Tensor,
     v: Tensor,
@@ -158,6 +175,8 @@ def wkv(
     rows = v.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
     check_state("s", s, (rows, d, 2), "[rows, D, 2]")
     check_state("m", m, (rows, d), "[rows, D]")
+    if _across.active() is not None:
+        s, m = _entering(k, v, log_a, state, rows)
     dtype, out = compute_dtype(k, v, log_a, bonus, s, m), v.dtype
     with full_precision(v):
         k, v, log_a, bonus, s, m = cast(dtype, k, v, log_a, bonus, s, m)
