@@ -29,9 +29,33 @@ class Across(Protocol):
 
     def begin(self, segment: Segment, state: Affine | None) -> Entering: ...
 
+    def swap(self, of: SegmentMap, back: bool = False) -> Affine | None:
+        """Exchange a map [N, K, V] without autograd: what enters, or from the right if `back`."""
+        ...
+
     def window(self, tokens: Tensor, n: int, state: Tensor | None) -> Tensor | None: ...
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, **more: Any) -> Any: ...
+
+    @property
+    def continues(self) -> bool:
+        """Whether the first local sequence began on a rank before."""
+        ...
+
+    @property
+    def onward(self) -> bool:
+        """Whether the last local sequence goes on on the next rank."""
+        ...
+
+    @property
+    def passes(self) -> bool:
+        """Whether one sequence comes from the left and goes on to the right."""
+        ...
+
+    @property
+    def packed(self) -> bool:
+        """Whether local sequences are packed on one row."""
+        ...
 
     @property
     def first(self) -> slice:

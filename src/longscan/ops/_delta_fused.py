@@ -488,18 +488,29 @@ def _backward(
     kind = torch.float32 if state is None else state.dtype
     do = v.new_zeros(*q.shape[:2], *v.shape[-2:]) if do is None else do
     q, k, v, beta, state, do, d_final = _contiguous(q, k, v, beta, state, do, d_final)
-    case, dtype = _case(q, k, v, log_a, cu_seqlens), _scratch(v)
-    cut = case.cut
-    d_key, d_value, launch = k.shape[-1], v.shape[-1], case.launch
-    # The errors and the states that enter pieces, forward.
-    e = torch.empty_like(v, dtype=dtype)
-    states = e.new_empty(case.table.shape[0], case.heads, d_value, d_key)
+    case = _case(q, k, v, log_a, cu_seqlens)
+    cut, d_key, d_value = case.cut, k.shape[-1], v.shape[-1]
     d_state = factors.new_empty(case.starts.shape[0] - 1, case.heads, d_key, d_value)
     if cut is not None:
         state, leave = enter, torch.empty_like(d_state)
         _maps(case, cut, q, k, v, g, factors, d_final, do, d_state, a, True)
         _combine(case, cut, a, d_state, d_final, leave, True)
         d_final = leave
+    grads, d_state = gradients(case, q, k, v, beta, log_a, g, factors, state, do, d_final, d_state)
+    if cut is not None:
+        d_state = d_state[cut.begins]
+    return *grads, d_state.to(kind)
+
+
+def gradients(
+    case: _Case, q, k, v, beta, log_a, g, factors, state, do, d_final, d_state
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """Of all inputs, and of the states that enter sequences (or segments) into d_state; from those
+    that enter and the gradients of those that leave."""
+    d_key, d_value, launch = k.shape[-1], v.shape[-1], case.launch
+    # The errors and the states that enter pieces, forward.
+    e = torch.empty_like(v, dtype=_scratch(v))
+    states = e.new_empty(case.table.shape[0], case.heads, d_value, d_key)
     if _reverses(case, q, k, do):
         _passes(
             case, q, k, v, g, factors, state, do, d_final, e, states, e, states, d_state,
@@ -515,9 +526,7 @@ def _backward(
         grads = _last(
             case, q, k, beta, factors, do, e, zs, states, leaving, log_a, launch.gradients
         )
-    if cut is not None:
-        d_state = d_state[cut.begins]
-    return *grads, d_state.to(kind)
+    return grads, d_state
 
 
 def _fake_backward(q, k, v, beta, log_a, state, cu_seqlens, g, factors, enter, a, do, d_final):

@@ -9,6 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention.bias import causal_lower_right
 
 from longscan.ops import _across, _cache
 from longscan.ops._check import check_floating, check_shape, compute_dtype
@@ -129,6 +130,8 @@ def _attend(
         return _blocks(q, keys, values, first, window, scale)
     if before == 0:
         return _fused(q, keys, values, scale, causal=True)
+    if n > 1 and first is None and _flash(q):
+        return _fused(q, keys, values, scale, causal_lower_right(n, total))
     slot = torch.arange(total, device=q.device)
     valid = None if first is None else (slot >= first[:, None])[:, None, None]
     if n == 1:
@@ -142,6 +145,12 @@ def _attend(
         end = before + b
         out.append(_fused(q[:, a:b], keys[:, :end], values[:, :end], scale, mask))
     return out[0] if len(out) == 1 else torch.cat(out, 1)
+
+
+def _flash(q: Tensor) -> bool:
+    """Whether a kernel sees that a mask is causal, aligned to the last query and key."""
+    half = q.dtype in (torch.float16, torch.bfloat16)
+    return q.is_cuda and half and not torch.compiler.is_compiling()
 
 
 def _blocks(

@@ -22,9 +22,10 @@ from longscan.ops._check import (
 from longscan.ops._delta_fused import delta_fits, delta_fused
 from longscan.ops._delta_keys_fused import delta_keys_fits, delta_keys_fused
 from longscan.ops._delta_scan import Factors, delta_scan
+from longscan.ops._delta_shards import delta_spread, delta_spreads
 from longscan.ops._layout import layout
 from longscan.ops._scores import cumulative, vector_scores
-from longscan.ops.dispatch import by_sequence, choose
+from longscan.ops.dispatch import by_kernel, by_sequence, choose
 
 
 def delta_reference(
@@ -230,6 +231,12 @@ def delta(
         gates = None if log_a is None else log_a[:, cut]
         return delta_segment(k[:, cut], v[:, cut], beta[:, cut], gates)
 
+    shards = _across.active()
+    if shards is not None and backend in (None, "triton"):
+        given = (q, k, v, beta, log_a)
+        if by_kernel("delta", v, lambda: delta_fits(*given) and delta_spreads(k, v)):
+            with full_precision(v):
+                return delta_spread(shards, *given, state, cu_seqlens)
     state = _across.entering(segment, state)
     dtype, out = compute_dtype(q, k, v, beta, log_a, state), v.dtype
     kernel, fits = delta_fused, delta_fits

@@ -33,7 +33,7 @@ class Exchange:
         if not shards.onward:  # nothing leaves: the map of one token, for its shapes
             stretch = slice(stretch.stop - 1, stretch.stop)
         of = segment(stretch)
-        self.passes = shards.onward and shards.continues and len(shards.local) == 2
+        self.passes = shards.passes
         if shards.onward and not self.passes and state is not None:
             u, m = _parts(of(_row(state, -1, shards.packed)))
             of = SegmentMap(of.kind, of.a, u, m)

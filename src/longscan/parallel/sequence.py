@@ -10,7 +10,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from longscan.algebra import Affine, SegmentMap
+from longscan.parallel import cost
 from longscan.parallel import scan as scans
+from longscan.parallel.links import measure
 from longscan.parallel.shards import Shards
 from longscan.parallel.wire import Pending, Traffic, Wire
 
@@ -65,6 +67,8 @@ class SequenceParallel:
         self.blocks = blocks
         self.per_host = min(per_host or _local_ranks(self.wire), self.wire.size)
         self._sent: list[Pending] = []
+        self._links: tuple[cost.Link, cost.Link] | None = None
+        self._chosen: dict[cost.Element, str] = {}
 
     def __repr__(self) -> str:
         return f"SequenceParallel(rank {self.wire.rank} of {self.wire.size}, {self.method})"
@@ -134,11 +138,12 @@ class SequenceParallel:
         return self.wire.start(work, *(x.detach() for x in given if x is not None))
 
     def _scan_of(self, of: SegmentMap) -> scans.Scan:
-        method = self.method
-        if method == "auto":
-            method = "allgather"
+        size = sum(x.nbytes for x in (of.u, of.m) if x is not None)
+        element = cost.Element(size, 0 if of.a is None else of.a.nbytes)
+        method = self.method_for(element)
         if method == "allscan":
-            return scans.allscan(self.blocks or 4)
+            n = self.blocks or cost.blocks(self.size, size, self.links[-1])
+            return scans.allscan(n)
         return {
             "allgather": scans.allgather,
             "doubling": scans.doubling,
@@ -155,6 +160,28 @@ class SequenceParallel:
                 continue
             g = torch.zeros_like(p) if p.grad is None else p.grad
             p.grad = self.wire.run(lambda x: self.wire.total(x, "parameters"), g)
+
+    def method_for(self, element: cost.Element) -> str:
+        """The method by which maps of these sizes cross: the one asked for, or of `auto` the one
+        that the cost model finds fastest. The first call of `auto` measures the links."""
+        if self.method != "auto":
+            return self.method
+        if element not in self._chosen:
+            inner, outer = self.links[0], self.links[-1]
+            many = self.per_host < self.size
+            self._chosen[element] = cost.choose(
+                self.size, element, inner, per_host=self.per_host if many else None,
+                outer=outer if many else None,
+            )  # fmt: skip
+        return self._chosen[element]
+
+    @property
+    def links(self) -> tuple[cost.Link, cost.Link]:
+        """Latency and bandwidth between ranks of a host and between hosts, the slowest of each,
+        measured on first use, which is a call to all ranks; the same numbers on every rank."""
+        if self._links is None:
+            self._links = measure(self.wire, self.per_host)
+        return self._links
 
     def later(self, pending: Pending) -> None:
         """Keep work that nobody waits for, and raise its error with the next of them."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from longscan.algebra import Affine
+from longscan.algebra import Affine, SegmentMap
 from longscan.ops import _across
 from longscan.ops._layout import check_cu_seqlens
 from longscan.parallel.attention import gathered_attention
@@ -70,6 +70,7 @@ class Shards:
         self.low, self.high = self.bounds[rank], self.bounds[rank + 1]
         self.length = self.high - self.low
         self.continues, self.onward = continues[rank], onward[rank]
+        self.passes = passes[rank] and self.onward
         self.rows = slice(self._first[rank], self._last[rank] + 1)
         inner = self.sequences[self._first[rank] + 1 : self._last[rank] + 1]
         self.local = [0, *(x - self.low for x in inner), self.length]
@@ -187,6 +188,14 @@ class Shards:
 
     def begin(self, segment: _across.Segment, state: Affine | None) -> Exchange:
         return Exchange(self, segment, state)
+
+    def swap(self, of: SegmentMap, back: bool = False) -> Affine | None:
+        row, kind = (self.backward, "gradient") if back else (self.forward, "state")
+
+        def exchange() -> Affine | None:
+            return self.over.scan(of, row, kind).wait()
+
+        return exchange() if back else self.tape.through(exchange)
 
     def window(self, tokens: Tensor, n: int, state: Tensor | None) -> Tensor | None:
         return window(self, tokens, n, state)
