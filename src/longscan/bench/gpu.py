@@ -29,6 +29,7 @@ from longscan.bench import gpu_models, gpu_report, report
 from longscan.bench.gpu_measure import AGAIN, COLD, COMMAND, Measured, Row, child, prepare, write
 from longscan.bench.gpu_rows import OPS, OURS, small_ops
 from longscan.bench.gpu_targets import SOFTMAX_FROM
+from longscan.io import save_text
 
 REFUSED = {("decay", "fla"), ("gated_deltanet", "fla")}
 """Rows left out unless they are asked for: without TileLang fla 0.6 refuses them on Hopper, but
@@ -312,6 +313,7 @@ def parser() -> argparse.ArgumentParser:
                    "within a run where there is one with both")  # fmt: skip
     p.add_argument("--no-run", action="store_true", help="only report what --out holds")
     p.add_argument("--plot", type=Path, metavar="PNG", help="draw time against length")
+    p.add_argument("--targets", type=Path, metavar="MD", help="write the table of targets")
     p.add_argument("--record", action="store_true", help="append to bench/history.csv")
     # What the command tells its processes:
     p.add_argument("--child", help=argparse.SUPPRESS)
@@ -348,6 +350,8 @@ def main(argv: Sequence[str]) -> int:
     print(gpu_report.tables(results))
     if args.plot:
         gpu_report.plot(results, args.plot)
+    if args.targets:
+        save_text(gpu_report.target_page(results), args.targets)
     if args.record:
         path = report.history_path()
         lines = gpu_report.history_rows(results)

@@ -176,6 +176,20 @@ def target_table(results: Sequence[Measured]) -> str:
     return f"{markdown(head, lines)}\n\nTargets met: {', '.join(met)}."
 
 
+def target_page(results: Sequence[Measured]) -> str:
+    """The table of targets as a page, with where and when they were measured."""
+    where = sorted({f"{m.about['device']}, {m.run}" for m in results if m.about})
+    return (
+        "<!-- Written by `longscan bench gpu --targets`. -->\n\n# Targets of the GPU kernels\n\n"
+        "Time of ours beside that of a peer, of softmax attention by cuDNN or of the floor (the "
+        "fewest bytes over the bandwidth of a copy), forward, or forward with backward to all "
+        "inputs, called from Python and replayed as a CUDA graph; bfloat16. The ratio is beside / "
+        "ours, or ours / beside where the target is an upper bound. What stands behind those not "
+        f"met is in [the log](LOG.md).\n\nMeasured on: {'; '.join(where)}.\n\n"
+        f"{target_table(results)}\n"
+    )
+
+
 # --- bench/history.csv ----------------------------------------------------------------------
 
 

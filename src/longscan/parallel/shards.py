@@ -118,6 +118,7 @@ class Shards:
 
     # What a model asks.
 
+    @torch.compiler.disable
     def mix(self, mixer: Mixer, call: Call, x: Tensor, state: State | None) -> tuple[Tensor, State]:
         """call(x, state, cu_seqlens) on local tokens; state: that of whole rows.
 
