@@ -126,7 +126,8 @@ class LanguageModel(Stack):
         reduction: mean over tokens with a target (0 if there are none) | sum | none ([B, T]). In
         training the mean contains the penalties of mixers that have some (see Mixer).
         shards: ids and targets are this rank's part. The mean is then that over all ranks, and its
-        gradient on a rank that of the rank's own tokens: sums over ranks make the whole.
+        gradient on a rank that of the rank's own tokens: sums over ranks make the whole. sum and
+        none are of this rank's tokens.
         """
         if targets.shape != ids.shape:
             raise ValueError(

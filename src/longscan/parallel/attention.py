@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from longscan.ops import _cache
 from longscan.parallel.halo import tied
@@ -50,7 +51,7 @@ def gathered_attention(
     first = None if state is None else (state.select(slice(0, 1)) if shards.packed else state)
     loan = Loan(shards) if window is None else None
     if window is not None:
-        past, kv = _near(shards, kv, window - 1, first, heads)
+        past, kv = _near(shards, kv, window - 1, state)
     else:
         past, kv = _Gathered.apply(shards, loan.upto if loan else shards.low, kv)  # type: ignore[misc]
     k, v = apart(kv)
@@ -144,7 +145,7 @@ class Loan:
         borrowed."""
         if self.helps:
             size = (q.shape[0], self.tokens, *q.shape[2:])
-            return q, _Borrow.apply(self, size, q.new_empty(0, requires_grad=q.requires_grad))
+            return q, _Borrow.apply(self, size, q)
         own, lent = q.split([q.shape[1] - self.tokens, self.tokens], 1)
         return own, _Lend.apply(self, lent)
 
@@ -180,11 +181,12 @@ class _Lend(torch.autograd.Function):
 
 
 class _Borrow(torch.autograd.Function):
-    """Receives a tensor from the partner; backward sends its gradient."""
+    """Receives a tensor from the partner; backward sends its gradient. token: what was lent for it,
+    or any tensor of the graph, without which autograd might not come by here."""
 
     @staticmethod
     def forward(ctx, loan: Loan, size: tuple[int, ...], token: Tensor) -> Tensor:
-        ctx.loan = loan
+        ctx.loan, ctx.token = loan, token.numel() == 0
         return _receive(loan, size, token)
 
     @staticmethod
@@ -195,7 +197,7 @@ class _Borrow(torch.autograd.Function):
             wire.trade({loan.partner: d}, {}, "queries")
 
         loan.shards.over.later(wire.start(work, d.contiguous()))
-        return None, None, d.new_zeros(0)
+        return None, None, d.new_zeros(0) if ctx.token else None
 
 
 def _receive(loan: Loan, size: tuple[int, ...], like: Tensor) -> Tensor:
@@ -209,20 +211,14 @@ def _receive(loan: Loan, size: tuple[int, ...], like: Tensor) -> Tensor:
     return wire.run(work, like)
 
 
-def _near(
-    shards: Shards, kv: Tensor, n: int, state: State | None, heads: int
-) -> tuple[Tensor, Tensor]:
-    """Keys and values of the n tokens before, zeros where there are none."""
-    given = None
-    if state is not None:
-        given = torch.cat([state.tensor("k"), state.tensor("v")], -1).flatten(2)[:, -n:]
-        given = torch.nn.functional.pad(given, (0, 0, n - given.shape[1], 0))
-    if given is not None and shards.packed:
-        rows = len(shards.local) - 1
-        given = torch.cat([given, given.new_zeros(rows - 1, *given.shape[1:])])
+def _near(shards: Shards, kv: Tensor, n: int, state: State | None) -> tuple[Tensor, Tensor]:
+    """Keys and values of the n tokens before, zeros where there are none; and kv."""
     if n == 0:
         return kv[:, :0], kv
-    last = shards.last
+    given, last = None, shards.last
+    if state is not None:
+        given = torch.cat([state.tensor("k"), state.tensor("v")], -1).flatten(2)[:, -n:]
+        given = F.pad(given, (0, 0, n - given.shape[1], 0))
     tail = kv[:, max(last.start, last.stop - n) : last.stop]
     past = tokens_before(shards, tail, n, given)[: 1 if shards.packed else None]
     return past, kv if shards.continues else tied(kv, past)

@@ -53,13 +53,12 @@ class Exchange:
         self.token = _Begin.apply(self, anchor, self.u, self.a, self.m)
 
     def _flat(self, x: Tensor | None, which: int) -> Tensor | None:
-        """A part of the map with its leading axes as one; nothing to differentiate if unsent."""
+        """A part of the map with its leading axes as one."""
         if x is None:
             return None
         two = which == 1 or (self.kind == "matrix" and which == 0)
         tail = x.shape[x.ndim - 1 - two :]
-        x = x.expand(*self.lead, *tail).reshape(-1, *tail)
-        return x if self.shards.onward else x.detach()
+        return x.expand(*self.lead, *tail).reshape(-1, *tail)
 
     def start(self, of: SegmentMap) -> None:
         """Send the maps forward."""

@@ -25,7 +25,7 @@ def final_state(shards: Shards, state: State) -> State:
     parts = []
     for rank, rows in _owners(shards):
         mine = state.select(rows) if rank == wire.rank else None
-        parts.append(_shared(shards, rank, mine))
+        parts.append(_shared(shards, rank, mine, state))
     return parts[0] if len(parts) == 1 else State.cat(parts)
 
 
@@ -41,12 +41,14 @@ def _owners(shards: Shards) -> list[tuple[int, slice]]:
     return out
 
 
-def _shared(shards: Shards, source: int, state: State | None) -> State:
+def _shared(shards: Shards, source: int, state: State | None, local: State) -> State:
     flat = {} if state is None else state.flatten()
     device = shards.device
     named = [(name, tuple(t.shape), t.dtype) for name, t in flat.items()]
     names = shards.wire.run(lambda: shards.wire.told(named, source, device))
-    anchor = torch.empty(0, device=device, requires_grad=torch.is_grad_enabled())
+    # Something of the graph, so that autograd comes by here on all ranks.
+    graph = [t for t in local.flatten().values() if t.requires_grad]
+    anchor = graph[0] if graph else torch.empty(0, device=device)
     tensors = _Shared.apply(shards, source, names, anchor, *flat.values())
     return State.unflatten({name: t for (name, *_), t in zip(names, tensors, strict=True)})
 

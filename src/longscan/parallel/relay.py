@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from longscan.parallel.halo import tied
 from longscan.state import State
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ def relay(shards: Shards, call: Call, x: Tensor, state: State | None) -> tuple[T
 
 def _part(shards: Shards, call: Call, x: Tensor, state: State | None) -> tuple[Tensor, State]:
     if shards.continues:
+        if state is not None:  # given to whoever begins; autograd must come by here too
+            x = tied(x, *(t for t in state.flatten().values() if t.requires_grad))
         entered = _receive(shards, x)
         rest = len(shards.local) - 2 if shards.packed else 0
         if rest:
@@ -58,14 +61,15 @@ def _receive(shards: Shards, x: Tensor) -> State:
 
     def work(x: Tensor) -> tuple[list, list[Tensor]]:
         names = wire.hear(source, x.device)
-        into = [torch.empty(shape, dtype=t, device=x.device) for _, shape, t in names]
+        into = [torch.empty(shape, dtype=t, device=x.device) for _, shape, t, _ in names]
         for t in into:
             wire.receive(t, source, "relay").wait()
         return names, into
 
     names, tensors = shards.tape.through(lambda: wire.run(work, x))
-    anchor = x.new_empty(0, requires_grad=torch.is_grad_enabled())
-    out = _Received.apply(shards, anchor, *tensors)
+    differs = [d and torch.is_grad_enabled() for *_, d in names]
+    anchor = x if x.requires_grad else x.new_empty(0, requires_grad=any(differs))
+    out = _Received.apply(shards, differs, anchor, *tensors)
     return State.unflatten({name: t for (name, *_), t in zip(names, out, strict=True)})
 
 
@@ -74,7 +78,7 @@ def _send(shards: Shards, y: Tensor, state: State) -> Tensor:
     flat = {k: v.contiguous() for k, v in state.flatten().items()}
     to, wire = shards.wire.rank + 1, shards.wire
     if not shards.tape.replaying:
-        names = [(name, tuple(t.shape), t.dtype) for name, t in flat.items()]
+        names = [(name, tuple(t.shape), t.dtype, t.requires_grad) for name, t in flat.items()]
 
         def work(*tensors: Tensor) -> None:
             wire.tell(names, to, tensors[0].device)
@@ -90,11 +94,11 @@ class _Received(torch.autograd.Function):
     """Backward sends the gradients of a received state back."""
 
     @staticmethod
-    def forward(ctx, shards: Shards, anchor: Tensor, *tensors: Tensor):
-        ctx.shards = shards
+    def forward(ctx, shards: Shards, differs: list[bool], anchor: Tensor, *tensors: Tensor):
+        ctx.shards, ctx.differs = shards, differs
         ctx.save_for_backward(*tensors)
         out = tuple(t.view_as(t) for t in tensors)
-        ctx.mark_non_differentiable(*(t for t in out if not t.is_floating_point()))
+        ctx.mark_non_differentiable(*(t for t, d in zip(out, differs, strict=True) if not d))
         ctx.set_materialize_grads(False)
         return out
 
@@ -103,8 +107,8 @@ class _Received(torch.autograd.Function):
         shards = ctx.shards
         sends = [
             (torch.zeros_like(t) if g is None else g).contiguous()
-            for t, g in zip(ctx.saved_tensors, grads, strict=True)
-            if t.is_floating_point()
+            for t, g, d in zip(ctx.saved_tensors, grads, ctx.differs, strict=True)
+            if d
         ]
 
         def work(*sends: Tensor) -> None:
@@ -113,7 +117,7 @@ class _Received(torch.autograd.Function):
 
         if sends:
             shards.over.later(shards.wire.start(work, *sends))
-        return None, None, *(None for _ in grads)
+        return None, None, None, *(None for _ in grads)
 
 
 class _Sent(torch.autograd.Function):
@@ -122,7 +126,7 @@ class _Sent(torch.autograd.Function):
     @staticmethod
     def forward(ctx, shards: Shards, y: Tensor, *tensors: Tensor) -> Tensor:
         ctx.shards = shards
-        ctx.likes = [(t.shape, t.dtype, t.is_floating_point()) for t in tensors]
+        ctx.likes = [(t.shape, t.dtype, t.requires_grad) for t in tensors]
         return y.view_as(y)
 
     @staticmethod
@@ -137,4 +141,4 @@ class _Sent(torch.autograd.Function):
             return into
 
         found = iter(shards.wire.run(work, dy)) if likes else iter(())
-        return None, dy, *(next(found) if floating else None for _, _, floating in ctx.likes)
+        return None, dy, *(next(found) if d else None for _, _, d in ctx.likes)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ from longscan.state import State
 if TYPE_CHECKING:
     from longscan.mixers.base import Mixer
     from longscan.parallel.sequence import SequenceParallel
+
+T = TypeVar("T")
 
 
 class Shards:
@@ -118,12 +120,17 @@ class Shards:
 
     # What a model asks.
 
-    @torch.compiler.disable
     def mix(self, mixer: Mixer, call: Call, x: Tensor, state: State | None) -> tuple[Tensor, State]:
         """call(x, state, cu_seqlens) on local tokens; state: that of whole rows.
 
         Returns: y, and the states of the local sequences.
         """
+        # Compilers leave messages alone.
+        return _uncompiled(self._mix)(mixer, call, x, state)
+
+    def _mix(
+        self, mixer: Mixer, call: Call, x: Tensor, state: State | None
+    ) -> tuple[Tensor, State]:
         rows = len(self.local) - 1 if self.packed else len(x)
         if self.packed and len(x) != 1:
             raise ValueError(f"packed sequences lie on one row, not {len(x)}")
@@ -183,7 +190,7 @@ class Shards:
         total = self.wire.run(lambda x: self.wire.total(x, "loss"), both)
         n = total[1].clamp(min=1)
         own = loss / n.to(loss.dtype)
-        return own + (total[0] / n).to(own.dtype) - own.detach()
+        return (own - own.detach()) + (total[0] / n).to(own.dtype)
 
     # What `ops._across` asks.
 
@@ -214,3 +221,8 @@ class Shards:
 def _of(bounds: list[int], token: int) -> int:
     """Which sequence a token belongs to."""
     return next(i for i, (a, b) in enumerate(pairwise(bounds)) if a <= token < b)
+
+
+def _uncompiled(run: Callable[..., T]) -> Callable[..., T]:
+    """run, which torch.compile does not look into."""
+    return torch.compiler.disable(run) if torch.compiler.is_compiling() else run  # type: ignore[return-value]
