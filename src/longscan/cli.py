@@ -17,6 +17,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "doctor": ("longscan.doctor:main", "what is installed here, and what would run"),
     "bench cpu": ("longscan.bench.cpu:main", "time our layers beside transformers on a CPU"),
     "bench gpu": ("longscan.bench.gpu:main", "time our kernels beside others on a GPU"),
+    "bench parallel": ("longscan.bench.parallel:main", "time one sequence on several GPUs"),
+    "bench scaling": ("longscan.bench.scaling:main", "simulate one sequence on many devices"),
     "claims": ("longscan.claims.run:main", "run the small experiment behind a paper's claim"),
     "docs": ("longscan.docs:main", "write the pages of the mixers"),
 }

@@ -218,12 +218,14 @@ def page(
         parts.append(f"**Initialisation.** {prose(start)}")
     parts += ["## Use", _use(name, cls), "## Settings", _settings_table(cls), "## Size and cost"]
     affine = "yes" if entry.affine else "no"
+    across = "at once" if cls.shardable else "one device after another"
     rows = [
         [f"Parameters at d_model = {D_MODEL}", f"{sizes.parameters:,}"],
         [f"State of one sequence at d_model = {D_MODEL}, float32", sizes.state],
         ["Cost of a sequence of T tokens", prose(entry.train)],
         ["Cost of one token behind T others", prose(entry.decode)],
         ["A stretch of tokens is an affine map on the state", affine],
+        ["One sequence on several devices", across],
         ["A block has an MLP behind the mixer", "yes" if entry.mlp else "no"],
     ]
     parts.append(table(["Property", "Value"], rows))

@@ -344,7 +344,7 @@ def test_four_shards():
     state, at, maps, scales = start, 0, [], []
     for r, n in enumerate(file["lens"].tolist()):
         part = slice(at, at + n)
-        f = mlstm_segment(*(x[name][:, part] for name in NAMES[1:]), chunk=4)
+        f = mlstm_segment(*(x[name][:, part] for name in NAMES[1:]))
         assert_close(f.a.squeeze(-1), file[f"rank{r}.F"], "golden64", f"decay of shard {r}")
         assert_close(f.m.squeeze(-1), file[f"rank{r}.m_loc"], "golden64", f"scale of shard {r}")
         assert_close(f.u, file[f"rank{r}.Cn_loc"], "golden64", f"U of shard {r}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import shutil
 import signal
 import threading
 import time
@@ -17,10 +18,13 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from longscan.io import write_atomically
+from longscan.language.mesh import with_tensors
 from longscan.language.metrics import MetricsFile, plot_losses
 from longscan.language.task import LanguageTask
+from longscan.parallel.mesh import save_gathered
 from longscan.progress import ProgressLine, duration
 
 
@@ -39,9 +43,15 @@ class AtomicCheckpointIO(CheckpointIO):
                 raise
 
         write_atomically(path, write)
+        # Tensors of a sharded run, which only the file replaced just now pointed to.
+        kept, path = checkpoint.get("shards", {}).get("folder"), Path(path)
+        for folder in path.parent.glob(f"{path.name}.shards-*"):
+            if folder.name != kept:
+                shutil.rmtree(folder)
 
     def load_checkpoint(self, path: Any, map_location=None, weights_only=None) -> dict[str, Any]:
-        return torch.load(path, map_location=map_location or "cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location=map_location or "cpu", weights_only=True)
+        return with_tensors(checkpoint, Path(path)) if "shards" in checkpoint else checkpoint
 
     def remove_checkpoint(self, path: Any) -> None:
         Path(path).unlink(missing_ok=True)
@@ -193,7 +203,8 @@ class RunKeeper(pl.Callback):
     # -- one step -------------------------------------------------------------------------------
 
     def _account(self, trainer, task) -> tuple[dict[str, Any], Tensor]:
-        tokens, task.tokens = task.tokens * trainer.world_size, 0
+        # Ranks that share a batch have counted the same tokens.
+        tokens, task.tokens = task.tokens * trainer.world_size // task.sharing, 0
         self.tokens += tokens
         self._recent.append((time.monotonic() - self._step_began, tokens))
         took, seen = (sum(x) for x in zip(*self._recent, strict=True))
@@ -268,6 +279,7 @@ class RunKeeper(pl.Callback):
                 loss, n = task.validation_step(trainer.strategy.batch_to_device(batch), i)
             targets = batch["targets"]
             n_bytes = trainer.datamodule.tokenizer.n_bytes(targets[targets >= 0].numpy())
+            n_bytes /= task.sharing  # of the whole batch, where the others are of a part
             sums += torch.tensor([loss.item(), n.item(), n_bytes], dtype=torch.float64)
         task.train()
         if trainer.world_size > 1:
@@ -297,12 +309,15 @@ class RunKeeper(pl.Callback):
         if trainer.is_global_zero:
             self.metrics.flush()
         trainer.save_checkpoint(self.run / "last.ckpt")
-        if trainer.is_global_zero:
+        if isinstance(task.model, FSDPModule):
+            save_gathered(task.model, self.run)  # pyright: ignore[reportArgumentType] (a Stack too)
+        elif trainer.is_global_zero:
             task.model.save(self.run)
-            # Now and then only; but where time is short, to know how long it takes.
-            if self.ended or math.isfinite(self.budget) or began - self._last_plot > 60:
-                plot_losses(self.run)
-                self._last_plot = began
+        # Now and then only; but where time is short, to know how long it takes.
+        due = self.ended or math.isfinite(self.budget) or began - self._last_plot > 60
+        if trainer.is_global_zero and due:
+            plot_losses(self.run)
+            self._last_plot = began
         self._last_save = time.monotonic()
         self._cost["save"] = max(self._cost["save"], self._last_save - began)
 

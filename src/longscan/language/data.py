@@ -29,7 +29,7 @@ class LanguageData(lightning.LightningDataModule):
         tokenizer: bpe (learned from the training split), byte, or the path of a tokenizer.json
         vocab_size: of bpe, the 256 bytes and the end of document included
         seq_len: tokens in a row
-        batch_size: rows in a batch, on each device
+        batch_size: rows in a batch, on each device or group of devices that share sequences
         seed: of the order of the rows
         val_batches: batches of a validation pass, spread evenly (null: all, 0: none)
         text_field: JSONL field or Parquet column that holds the text

@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from torch import Tensor, nn
+
+from longscan.parallel import SequenceParallel
 
 
 @dataclass
@@ -78,6 +81,9 @@ class LanguageTask(pl.LightningModule):
     The loss of a step is the mean over its micro-batches of their mean loss per token.
 
     progress: called before each step; the share of the run that is over. Set by the run's keeper.
+    sequence: the ranks that share this rank's batches, a part of each; None: none do.
+    draws: (seed, rank), which with a batch's number pick what is drawn at random for it; None: the
+    process's own generator goes on.
     """
 
     def __init__(self, model: nn.Module, optim: OptimOptions) -> None:
@@ -86,21 +92,37 @@ class LanguageTask(pl.LightningModule):
         self.optim = optim
         self.progress: Callable[[], float] = lambda: 0.0
         self.lr_now = 0.0
+        self.sequence: SequenceParallel | None = None
+        self.draws: tuple[int, int] | None = None
         self._losses: list[Tensor] = []
         self.tokens = 0
 
-    def _loss(self, batch: dict[str, Tensor], reduction: str) -> Tensor:
+    @property
+    def sharing(self) -> int:
+        """How many ranks share a batch."""
+        return 1 if self.sequence is None else self.sequence.size
+
+    def _loss(self, batch: dict[str, Tensor], reduction: str) -> tuple[Tensor, Tensor]:
+        """The loss, and the targets that this rank has a part in it for."""
         model: Any = self.model
-        loss, _ = model.loss(
-            batch["ids"], batch["targets"], cu_seqlens=batch["cu_seqlens"], reduction=reduction
-        )
-        return loss
+        ids, targets, bounds = batch["ids"], batch["targets"], batch["cu_seqlens"]
+        if self.sequence is None:
+            where: dict[str, Any] = {"cu_seqlens": bounds}
+        else:
+            shards = self.sequence.shards(ids.shape[1], cu_seqlens=bounds, final_states=False)
+            ids, targets, where = shards.shard(ids), shards.shard(targets), {"shards": shards}
+        loss, _ = model.loss(ids, targets, reduction=reduction, **where)
+        return loss, targets
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        loss = self._loss(batch, "mean")
+        if self.draws is not None:  # a function of the batch alone: resumed runs draw the same
+            [seed] = np.random.SeedSequence((*self.draws, batch_idx)).generate_state(1, np.uint64)
+            torch.manual_seed(int(seed))
+        loss, _ = self._loss(batch, "mean")
         self._losses.append(loss.detach())
         self.tokens += batch["ids"].numel()
-        return loss
+        # Ranks that share a batch have a part of its gradient each, and all ranks are averaged.
+        return loss * self.sharing
 
     def step_loss(self) -> Tensor:
         """The loss of the step just taken, left on its device; starts the next step's account."""
@@ -108,8 +130,13 @@ class LanguageTask(pl.LightningModule):
         return torch.stack(losses).mean()
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> tuple[Tensor, Tensor]:
-        """Summed loss in nats and number of predicted tokens of one batch."""
-        return self._loss(batch, "sum"), (batch["targets"] >= 0).sum()
+        """Summed loss in nats and number of predicted tokens of this rank's part of a batch."""
+        loss, targets = self._loss(batch, "sum")
+        return loss, (targets >= 0).sum()
+
+    def on_train_end(self) -> None:
+        if self.sequence is not None:
+            self.sequence.finish()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         model: Any = self.model

@@ -6,6 +6,7 @@ import difflib
 import importlib.resources
 import logging
 import shlex
+import shutil
 import warnings
 from argparse import ArgumentError
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from longscan.io import save_text
 from longscan.language.callbacks import AtomicCheckpointIO, RunKeeper, RunOptions
 from longscan.language.data import LanguageData
+from longscan.language.mesh import trainer_settings
 from longscan.language.task import LanguageTask, OptimOptions
 from longscan.models import LanguageModel, LanguageModelConfig, preset
 from longscan.progress import duration
@@ -46,7 +48,11 @@ class TrainerOptions:
         accelerator: auto | cpu | gpu | ...
         devices: how many devices, which ones, or auto.
         num_nodes: machines.
-        strategy: auto | ddp.
+        strategy: auto | ddp | fsdp2 (parameters and optimiser sharded over all processes).
+        mesh: dp=2,sp=4: 2 groups with data of their own, of 4 processes that share sequences
+            (docs/parallel.md); null: each process has data of its own.
+        sp_method: how states cross between processes: auto | allgather | allscan | doubling |
+            hierarchical.
         precision: 32-true | bf16-mixed | ...; null: bf16-mixed on a CUDA GPU, else 32-true.
         accumulate_grad_batches: batches whose gradients make one step.
         gradient_clip_val: largest norm of the gradient; null: any.
@@ -60,7 +66,9 @@ class TrainerOptions:
     accelerator: str = "auto"
     devices: list[int] | int | str = "auto"
     num_nodes: int = 1
-    strategy: Literal["auto", "ddp"] = "auto"
+    strategy: Literal["auto", "ddp", "fsdp2"] = "auto"
+    mesh: str | None = None
+    sp_method: str = "auto"
     precision: str | None = None
     accumulate_grad_batches: int = 1
     gradient_clip_val: float | None = 1.0
@@ -242,6 +250,8 @@ def clear_run(run: Path) -> None:
     """Remove the files of an earlier run from a folder, and nothing else."""
     for name in RUN_FILES:
         (run / name).unlink(missing_ok=True)
+    for folder in run.glob("last.ckpt.shards-*"):
+        shutil.rmtree(folder)
 
 
 def _write_start(run: Path, options: dict[str, Any], tokenizer: Any, resume: bool) -> None:
@@ -275,6 +285,7 @@ def train(config: Namespace) -> RunKeeper:
         raise ValueError(f"--max-minutes must be above 0, not {max_minutes}")
     model_options = config.model.as_dict()
     LanguageModelConfig(vocab_size=256, **model_options)  # refused before any text is read
+    settings = trainer_settings(config.trainer.as_dict(), config.seed)
     options = _plain(config)
     optim = OptimOptions(**config.optim.as_dict())
     keep = RunOptions(**config.keep.as_dict())
@@ -290,7 +301,6 @@ def train(config: Namespace) -> RunKeeper:
         _write_start(run, options, data.tokenizer, config.resume)
 
     keeper = RunKeeper(run, keep, max_steps=max_steps, max_minutes=max_minutes)
-    settings = config.trainer.as_dict()
     precision, why = settings["precision"], "as asked"
     if precision is None:
         precision, why = precision_for(settings["accelerator"])

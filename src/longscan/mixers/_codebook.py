@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
+from longscan.ops import _relayed
 from longscan.ops._check import widen
 from longscan.ops.vq import codewords, quantise
 
@@ -54,7 +55,9 @@ class Codebook(nn.Module):
     keys; started: whether keys or a checkpoint have given the codebook.
     scale: standard deviation of the random codewords before that.
     Precision: all buffers stay float32 in narrower models.
-    With several ranks every rank must run its training forwards in step with the others.
+    With several ranks every rank must run its training forwards in step with the others. Where a
+    sequence is spread over ranks, keys are noted when the last rank has run, and a codebook without
+    keys starts with those noted, in the second forward: in the first one its words are random.
     """
 
     def __init__(
@@ -119,15 +122,25 @@ class Codebook(nn.Module):
         k, spread = widen(k), None
         if learns:
             with torch.no_grad():
-                spread = self._spread(k.detach().flatten(0, 1).to(self.c_sum.dtype))
+                if not _relayed.relaying():  # the keys of other ranks depend on what leaves here
+                    spread = self._spread(k.detach().flatten(0, 1))
                 self._fold()
-                self._start(spread)
+                if spread is not None:
+                    self._start(spread)
         book = self.book()
         codes = quantise(k, book)
         c = codewords(codes, book).to(k.dtype)
-        commit = (k - c).square().sum((-2, -1)).mean() if self.training else None
-        if spread is not None:
-            self._note(k.detach().flatten(0, 1), codes.flatten(0, 1), spread)
+        commit = None
+        if self.training:
+            commit = _relayed.mean(
+                self, (k - c).square().sum((-2, -1)).mean(), k[..., 0, 0].numel()
+            )
+        if learns:
+            seen = k.detach().flatten(0, 1), codes.flatten(0, 1)
+            if spread is None:
+                _relayed.later(self._note, *seen)
+            else:
+                self._note(*seen, spread)
         return Quantised(c + (k - k.detach()), codes, book, commit)
 
     def _spread(self, k: Tensor) -> Tensor:
@@ -135,6 +148,7 @@ class Codebook(nn.Module):
 
         Each rank fills in its own, and leaves zeros to be summed with those of the others.
         """
+        k = k.to(self.c_sum.dtype)
         n, place = k.shape[0], torch.arange(self.c_sum.shape[1], device=k.device)
         if not _across_ranks():
             return k[place * n // place.numel()].transpose(0, 1)
@@ -159,8 +173,9 @@ class Codebook(nn.Module):
         self._surely_started = True
 
     @torch.no_grad()
-    def _note(self, k: Tensor, codes: Tensor, spread: Tensor) -> None:
+    def _note(self, k: Tensor, codes: Tensor, spread: Tensor | None = None) -> None:
         """Keep what this forward teaches. Shapes: k [N, H, K]; codes [N, H]; spread [H, S, K]."""
+        spread = self._spread(k) if spread is None else spread
         hot = F.one_hot(codes.T, self.c_sum.shape[1]).to(spread.dtype)
         sums = hot.mT @ k.transpose(0, 1).to(spread.dtype)
         noted = torch.cat([sums, spread, hot.sum(1).unsqueeze(-1)], -1)
@@ -169,7 +184,8 @@ class Codebook(nn.Module):
         self.pending.copy_(noted)
 
     def _fold(self) -> None:
-        """Let the codebook follow the keys noted by the last training forward."""
+        """Let the codebook follow the keys noted by the last training forward, or start with them
+        if it has none."""
         d_key = self.c_sum.shape[-1]
         sums, spread, n = self.pending.split([d_key, d_key, 1], -1)
         n = n.squeeze(-1)
@@ -180,6 +196,8 @@ class Codebook(nn.Module):
         few = c_count < 0.01 * c_count.mean(-1, keepdim=True)
         unused = torch.where(few, self.unused + some, 0)
         dead = unused >= self.patience
+        dead = dead | (some & ~self.started)
+        self.started.logical_or_(some)
         self.c_sum.copy_(torch.where(dead.unsqueeze(-1), spread, c_sum))
         self.c_count.copy_(torch.where(dead, 1.0, c_count))
         self.unused.copy_(torch.where(dead, 0, unused))

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from longscan.algebra import SegmentMap
 from longscan.mixers._parts import softplus_inverse
 from longscan.mixers.base import Mixer
-from longscan.ops import _cauchy
+from longscan.ops import _across, _cauchy
 from longscan.ops._check import check_state, compute_dtype, full_precision
 from longscan.ops._layout import remembered
 from longscan.ops.dispatch import backend_of
@@ -174,9 +175,13 @@ class SystemMixer(Mixer):
             return v
         if not self.tie_dropout:
             return F.dropout(v, self.dropout)
+        rows = v.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+        mask = F.dropout(v.new_ones(rows, v.shape[2], 1), self.dropout)
+        # A sequence keeps the mask of its first shard: a state that no token changes.
+        same = SegmentMap("identity", None, torch.zeros_like(mask[: len(v)]))
+        mask = _across.entering(lambda _: same, mask).squeeze(-1)
         if cu_seqlens is None:
-            return v * F.dropout(v.new_ones(v.shape[0], 1, v.shape[2]), self.dropout)
-        mask = F.dropout(v.new_ones(cu_seqlens.numel() - 1, v.shape[2]), self.dropout)
+            return v * mask.unsqueeze(1)
         return v * mask.repeat_interleave(cu_seqlens.diff(), 0, output_size=v.shape[1])
 
     def init_state(self, batch: int) -> State:

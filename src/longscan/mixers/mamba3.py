@@ -67,6 +67,7 @@ class Mamba3(Mixer):
     """
 
     reads_by_product = True
+    shardable = True
     keep_float32 = ("dt_bias", "D", "B_bias", "C_bias")
     no_weight_decay = ("dt_bias", "D")
 

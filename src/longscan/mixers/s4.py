@@ -36,6 +36,7 @@ class S4(SystemMixer):
     Reference: state-spaces/s4, Apache-2.0.
     """
 
+    shardable = True
     keep_float32 = ("inv_dt", "A_real", "A_imag", "B", "P", "C", "D")
     no_weight_decay = ("inv_dt", "A_real", "A_imag", "B", "P")
 

@@ -19,6 +19,7 @@ from longscan.mixers._wavelet import (
     trailing_haar,
 )
 from longscan.mixers.base import Mixer
+from longscan.ops import _across
 from longscan.ops._check import compute_dtype, full_precision
 from longscan.ops._layout import layout
 from longscan.ops.decay import decay
@@ -83,6 +84,7 @@ class WERSA(Mixer):
     others that carries the author's names.
     """
 
+    shardable = True
     keep_float32 = ("log_bandwidth", "scale_weights", "random_matrix")
 
     def __init__(
@@ -161,6 +163,11 @@ class WERSA(Mixer):
             turned.append(q * upper.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2))
         r.copy_(torch.cat(turned, -1) * r.norm(dim=1, keepdim=True))
 
+    @property
+    def bidirectional(self) -> bool:
+        """Whether tokens see later ones: an encoder."""
+        return not self.causal
+
     def init_state(self, batch: int) -> State:
         if not self.causal:
             return State()
@@ -192,7 +199,9 @@ class WERSA(Mixer):
         qk = F.gelu(qk)
         with full_precision(x):
             if self.filters == "trailing":
-                qk, shift = trailing_haar(qk, gains, old("shift"), cu_seqlens, self.taps)
+                past = self.taps.shape[1] - 1
+                before = _across.window(lambda cut: qk[:, cut], past, old("shift"))
+                qk, shift = trailing_haar(qk, gains, before, cu_seqlens, self.taps)
             else:
                 qk, shift = block_haar(qk, gains, cu_seqlens), None
             qk = qk.unflatten(-1, (2, self.n_heads, self.d_head))
@@ -256,12 +265,30 @@ class WERSA(Mixer):
         if self.causal:
             rows = len(e) if cu_seqlens is None else cu_seqlens.numel() - 1
             first = e.new_full((rows, self.n_heads), _LOWEST) if m is None else m
+            first = _entering_max(top_k, first)
             top_k, log_a, last = running_max(top_k, first, cu_seqlens)
         else:
             top = of_each(lambda part: part.amax(1), top_k, cu_seqlens)
             top_k = to_each(top, qk.shape[1], cu_seqlens)
         q, k = (e - torch.stack([top_q, top_k], 2).unsqueeze(-1)).exp().unbind(2)
         return q, k, log_a, last
+
+
+def _entering_max(x: Tensor, first: Tensor) -> Tensor:
+    """The largest values that a shard of tokens starts from: the log scale of a state that decays
+    by nothing, of which only the scale is wanted.
+
+    Shapes: x [B, T, H]; first [rows, H].
+    """
+
+    def segment(cut: slice) -> SegmentMap:
+        top = x[:, cut].amax(1).unsqueeze(-1)
+        return SegmentMap(
+            "diagonal", torch.zeros_like(top), torch.zeros_like(top).unsqueeze(-1), top
+        )
+
+    m = first.unsqueeze(-1)
+    return _across.entering(segment, (torch.zeros_like(m).unsqueeze(-1), m))[1].squeeze(-1)
 
 
 def _whole(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:

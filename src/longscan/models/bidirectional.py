@@ -33,6 +33,8 @@ class Bidirectional(Mixer):
     Source: Schuster and Paliwal, Bidirectional Recurrent Neural Networks, 1997.
     """
 
+    bidirectional = True
+
     def __init__(
         self,
         d_model: int,

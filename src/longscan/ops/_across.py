@@ -38,6 +38,16 @@ class Across(Protocol):
     def attention(self, q: Tensor, k: Tensor, v: Tensor, **more: Any) -> Any: ...
 
     @property
+    def notes(self) -> dict[tuple, Any]:
+        """What an op derived from these shards, kept for the next layer."""
+        ...
+
+    @property
+    def local(self) -> list[int]:
+        """Boundaries of the local sequences, of a batch [0, T]."""
+        ...
+
+    @property
     def continues(self) -> bool:
         """Whether the first local sequence began on a rank before."""
         ...

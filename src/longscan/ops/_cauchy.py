@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from longscan.algebra import SegmentMap
+from longscan.ops import _across, _lti
 from longscan.ops._check import check_state
 from longscan.ops._lti import Weights, pairs, rows, toeplitz
 from longscan.ops.dispatch import choose
@@ -189,6 +191,33 @@ def dplr_reference(
     return lti_reference(u, *dense(s), state=state, cu_seqlens=cu_seqlens)
 
 
+def dplr_segment(u: Tensor, s: Discrete) -> SegmentMap:
+    """The map of a whole stretch on the state: S_out = Abar^T S_in + U, as real numbers.
+
+    Shapes: u [B, T, H]; map "matrix" with a [1, H, N, N] and u [1, H, N, B], as all rows have the
+    same transition: their states are columns.
+    """
+    length = u.shape[1]
+    n = 1 << min(5 if u.device.type == "cpu" else 6, (length - 1).bit_length())
+    full = (length - 1) // n
+    tail = length - full * n
+    w = chunk_weights(s._replace(c=s.c[:0].detach()), n, tail)
+    _, last = by_chunks(u, lambda _: w, None, None, n)
+    a = _lti._product(w.powers, tail)
+    if full:
+        a = a @ _lti._product(_lti._squares(w.end, full), full)
+    return SegmentMap("matrix", a.unsqueeze(0), last.permute(1, 2, 0).unsqueeze(0))
+
+
+def _entering(u: Tensor, s: Discrete, state: Tensor, packed: bool) -> Tensor:
+    """The states [rows, H, n, 2] that a shard of tokens starts from."""
+    first = state.flatten(2)
+    first = first.unsqueeze(-1) if packed else first.permute(1, 2, 0).unsqueeze(0)
+    first = _across.entering(lambda cut: dplr_segment(u[:, cut], s), first)
+    first = first.squeeze(-1) if packed else first.squeeze(0).permute(2, 0, 1)
+    return first.reshape(state.shape)
+
+
 def dplr(
     u: Tensor, s: Discrete, *, state: Tensor | None = None, cu_seqlens: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -197,6 +226,8 @@ def dplr(
     shape = (rows, *s.pole.shape, 2)
     check_state("state", state, shape, "[rows, H, N/2, 2]")
     first = u.new_zeros(shape) if state is None else state.to(u.dtype)
+    if _across.active() is not None:
+        first = _entering(u, s, first, cu_seqlens is not None)
     run = choose("lti", u, None, {"reference": dplr_reference, "torch": dplr_chunked})
     if u.shape[1] == 1 and cu_seqlens is None and run is dplr_chunked:
         y, last = step(stepper(s), u[:, 0], first)

@@ -374,10 +374,11 @@ def _keep(ctx, inputs, output) -> None:
 
 
 def _differentiate(ctx, run, do, dfinal, *_):
-    v, state = ctx.saved_tensors[2], ctx.saved_tensors[4]
+    saved = ctx.saved_tensors  # asked for once: blocks that are computed anew allow no more
+    v, state = saved[2], saved[4]
     if do is None:
         do = torch.zeros_like(v)
-    *grads, dstate = run(*ctx.saved_tensors, do, dfinal)
+    *grads, dstate = run(*saved, do, dfinal)
     return *grads, None if state is None else dstate, None
 
 

@@ -8,6 +8,7 @@ products around the exchange.
 
 from __future__ import annotations
 
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -49,8 +50,9 @@ def delta_spread(
 class _Segments:
     """Segments of the local sequences, and how their maps are composed.
 
-    head: the segments of what continues from the left, as a slice of segments (of a batch, all in
-    rows); tail: of what goes on to the right.
+    Everything is told by lengths that the host knows, so nothing waits for the device. came:
+    sequences that come from the left; goes: those that go on to the right; head, tail: the segments
+    of these; shape: (sequences, segments of each) of head and tail.
     """
 
     def __init__(self, shards: Across, q, k, v, log_a, cu_seqlens: Tensor | None) -> None:
@@ -58,6 +60,7 @@ class _Segments:
         case = fused._case(q, k, v, log_a, cu_seqlens)
         batch, length = q.shape[:2]
         steps = k.shape[2] if k.ndim == 5 else 1
+        size = length
         if case.cut is None:
             unit = case.launch.chunk // steps * case.launch.every
             assert case.launch.maps is not None
@@ -65,21 +68,36 @@ class _Segments:
                 case.launch.maps, batch, length, length, unit, cu_seqlens, q.device
             )
             case = case._replace(starts=begins, first=first, cut=cut)
+        else:
+            size, _ = fused._segments(
+                case.launch, batch, length, case.heads, k.shape[-1], v.shape[-1], steps, cu_seqlens
+            )
         assert case.cut is not None
         self.case, self.cut = case, case.cut
-        first = case.cut.first
-        self.rows = len(first) - 1
         packed = cu_seqlens is not None
-        # Which sequences another rank holds more of.
-        self.came = slice(0, (1 if packed else self.rows) if shards.continues else 0)
-        self.goes = slice(self.rows - (1 if packed else self.rows), self.rows)
-        if not shards.onward:
-            self.goes = slice(self.rows, self.rows)
+        lengths = [b - a for a, b in pairwise(shards.local)] if packed else [length] * batch
+        counts = [-(-n // size) for n in lengths]
+        ends = [*accumulate(counts)]
+        self.rows, many = len(counts), len(counts)
+        self.came = slice(0, (1 if packed else many) if shards.continues else 0)
+        self.goes = slice(many - ((1 if packed else many) if shards.onward else 0), many)
+        self.head = slice(0, sum(counts[self.came]))
+        self.tail = slice(ends[-1] - sum(counts[self.goes]), ends[-1])
+        begin = [e - n for e, n in zip(ends, counts, strict=True)]
+        device = q.device
+        self.firsts = torch.tensor(begin, device=device)
+        self.lasts = torch.tensor([e - 1 for e in ends], device=device)
         codes = case.cut.codes.clone()
-        begin, end = first[:-1][self.came], first[1:][self.goes] - 1
-        codes[begin] &= ~1
-        codes[end] &= ~2
+        codes[self.firsts[self.came]] &= ~1
+        codes[self.lasts[self.goes]] &= ~2
         self.marked = case.cut._replace(codes=codes)
+        # Whether a sequence that goes on has but one segment, and began here; and the mirror.
+        alone = [n == 1 and r >= self.came.stop for r, n in enumerate(counts)]
+        self.began = torch.tensor(alone[self.goes], device=device).view(-1, 1, 1, 1)
+        alone = [n == 1 and r < self.goes.start for r, n in enumerate(counts)]
+        self.ended = torch.tensor(alone[self.came], device=device).view(-1, 1, 1, 1)
+        self.eye = torch.eye(k.shape[-1], device=device).expand(self.rows, case.heads, -1, -1)
+        self.eye = self.eye.contiguous()
 
     def many(self, of: Tensor) -> Tensor:
         """A as one tensor [m, H, K, K] of float32, from its two parts."""
@@ -92,23 +110,26 @@ class _Segments:
 
     def products(self, a: Tensor, reverse: bool) -> Tensor:
         """What segments do to what enters the first of their sequence (or leaves its last)."""
-        whole, first = self.many(a), self.cut.first
-        ends = (first[1:] - 1) if reverse else first[:-1]
-        sums = torch.zeros_like(whole)
-        sums[ends] = whole[ends].mT if reverse else whole[ends]
-        eye = torch.eye(a.shape[-1], device=a.device).expand(self.rows, a.shape[1], -1, -1)
-        return self.combined(a, sums, eye.contiguous(), reverse)
+        ends = self.lasts if reverse else self.firsts
+        whole = self.many(a[ends])
+        sums = a.new_zeros(a.shape[0], a.shape[1], *a.shape[3:], dtype=torch.float32)
+        sums[ends] = whole.mT if reverse else whole
+        return self.combined(a, sums, self.eye, reverse)
 
-    def row_of(self) -> Tensor:
-        """The sequence of each segment [m]."""
-        return self.cut.codes // 4
+
+def _segments(shards: Across, q, k, v, log_a, cu_seqlens: Tensor | None) -> _Segments:
+    """Those of an earlier layer with the same shapes, if there was one."""
+    key = ("delta", q.shape, k.shape, v.shape, v.dtype, log_a is None, q.device)
+    if key not in shards.notes:
+        shards.notes[key] = _Segments(shards, q, k, v, log_a, cu_seqlens)
+    return shards.notes[key]
 
 
 class _Spread(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, shards: Across, cu_seqlens, q, k, v, beta, log_a, state):
         q, k, v, beta, log_a, state = fused._contiguous(q, k, v, beta, log_a, state)
-        segments = _Segments(shards, q, k, v, log_a, cu_seqlens)
+        segments = _segments(shards, q, k, v, log_a, cu_seqlens)
         case, cut = segments.case, segments.cut
         heads, d_key, d_value = case.heads, k.shape[-1], v.shape[-1]
         o, final, g, factors, _, _ = fused._fake(q, k, v, beta, log_a, state, cu_seqlens)
@@ -129,11 +150,7 @@ class _Spread(torch.autograd.Function):
         if entered is not None:
             assert isinstance(entered, Tensor)
             assert products is not None
-            size = (segments.came.stop, heads, d_key, d_value)
-            rows = segments.row_of()
-            mine = rows < segments.came.stop
-            entered = entered.view(size)
-            enter[mine] += products[mine] @ entered[rows[mine]]
+            _add(enter[segments.head], products[segments.head], entered, segments.came.stop)
         fused._scan(case, q, k, v, g, factors, enter, o, final, case.launch.scan)
         if shards.onward:  # kernels write what leaves a sequence only where it ends
             final[segments.goes] = _leaving(segments, a, sums, enter)
@@ -148,7 +165,7 @@ class _Spread(torch.autograd.Function):
         shards: Across = ctx.shards
         do = v.new_zeros(*q.shape[:2], *v.shape[-2:]) if do is None else do
         do, d_final = fused._contiguous(do, d_final)
-        segments = _Segments(shards, q, k, v, log_a, cu_seqlens)
+        segments = _segments(shards, q, k, v, log_a, cu_seqlens)
         case, cut = segments.case, segments.cut
         d_sums = torch.zeros_like(enter)
         fused._maps(case, segments.marked, q, k, v, g, factors, d_final, do, d_sums, a, True)
@@ -162,12 +179,10 @@ class _Spread(torch.autograd.Function):
         if shards.onward:
             assert isinstance(found, Tensor)
             assert products is not None
-            rows = segments.row_of()
-            mine = rows >= segments.goes.start
-            found = found.view(-1, *leave.shape[1:])
             if d_final is not None:
-                found = found + d_final[segments.goes].float()
-            leave[mine] += products[mine] @ found[rows[mine] - segments.goes.start]
+                found = found + d_final[segments.goes].float().flatten(0, 1)
+            rows = segments.goes.stop - segments.goes.start
+            _add(leave[segments.tail], products[segments.tail], found, rows)
         grads, d_state = fused.gradients(
             case, q, k, v, beta, log_a, g, factors, enter, do, leave, torch.empty_like(enter)
         )
@@ -180,14 +195,20 @@ class _Spread(torch.autograd.Function):
         return None, None, *grads, None if state is None else d_state.to(state.dtype)
 
 
+def _add(into: Tensor, products: Tensor, x: Tensor, rows: int) -> None:
+    """into += products x, for the segments of so many sequences; x [rows H, K, V]."""
+    x = x.view(rows, 1, -1, *x.shape[1:])
+    into += (products.unflatten(0, (rows, -1)) @ x).flatten(0, 1)
+
+
 def _leaving(segments: _Segments, a, sums, enter) -> Tensor:
     """What leaves the sequences that go on [n, H, K, V], of what enters their segments.
 
     A first segment that begins here has no A, and its sum holds what entered it.
     """
-    last = (segments.cut.first[1:] - 1)[segments.goes]
-    alone = (segments.marked.codes[last] & 1).bool().view(-1, 1, 1, 1)
-    return torch.where(alone, 0.0, segments.many(a[last]) @ enter[last]) + sums[last]
+    last = segments.lasts[segments.goes]
+    through = segments.many(a[last]) @ enter[last]
+    return torch.where(segments.began, 0.0, through) + sums[last]
 
 
 def _whole(segments: _Segments, a, sums, enter, products) -> SegmentMap:
@@ -200,21 +221,20 @@ def _whole(segments: _Segments, a, sums, enter, products) -> SegmentMap:
     m = u.new_zeros(*u.shape[:2], u.shape[1])
     if shards.passes:
         assert products is not None
-        last = (segments.cut.first[1:] - 1)[segments.goes]
+        last = segments.lasts[segments.goes]
         m = (segments.many(a[last]) @ products[last]).flatten(0, 1)
     return SegmentMap("matrix", m, u)
 
 
 def _whole_back(segments: _Segments, a, d_sums, leave, products, d_final) -> SegmentMap:
     """The map on gradients of what came from the left."""
-    shards, first = segments.shards, segments.cut.first[:-1]
+    shards = segments.shards
     if not shards.continues:
         like = d_sums[: 1 if shards.packed else segments.rows].flatten(0, 1)
         return SegmentMap("matrix", like.new_zeros(*like.shape[:2], like.shape[1]), like * 0)
-    at = first[segments.came]
-    alone = (segments.marked.codes[at] & 2).bool().view(-1, 1, 1, 1)
+    at = segments.firsts[segments.came]
     whole = segments.many(a[at]).mT
-    d = torch.where(alone, 0.0, whole @ leave[at]) + d_sums[at]
+    d = torch.where(segments.ended, 0.0, whole @ leave[at]) + d_sums[at]
     m = d.new_zeros(*d.shape[:3], d.shape[2])
     if shards.passes:
         assert products is not None

@@ -234,7 +234,8 @@ class _Segments(torch.autograd.Function):
         first_order_only()
         walk, kept, few = ctx.walk, ctx.kept, len(Tokens._fields)
         count = few + 2 * ctx.normed + len(dend)
-        tensors, starts = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        saved = ctx.saved_tensors  # asked for once: blocks that are computed anew allow no more
+        tensors, starts = saved[:count], saved[count:]
         wanted = ctx.needs_input_grad[2:]
         norm = tensors[few : few + 2 * ctx.normed]
         chunks = walk.chunks(tensors[:few])

@@ -104,7 +104,8 @@ class Fused(torch.autograd.Function):
     def backward(ctx, dy, *dends):
         first_order_only()
         few, rule = len(Tokens._fields), ctx.walk.rule
-        x, (*rest, starts) = Tokens._make(ctx.saved_tensors[:few]), ctx.saved_tensors[few:]
+        saved = ctx.saved_tensors  # asked for once: blocks that are computed anew allow no more
+        x, (*rest, starts) = Tokens._make(saved[:few]), saved[few:]
         inputs = Inputs(x, *rest)
         parts, chunks, dy = starts.shape[2], len(ctx.walk.counts), dy.contiguous()
         dmemory = [d.clone(memory_format=torch.contiguous_format) for d in dends[:parts]]

@@ -62,3 +62,13 @@ def vector_scores(rows: Sequence[Tensor], k: Tensor, b: Tensor) -> list[Tensor]:
             out[i] = torch.cat([top, torch.cat([cross, pair[..., 1, :, :]], -1)], -2)
         m *= 2
     return [x.squeeze(-3) for x in out]
+
+
+def sums(x: Tensor) -> Tensor:
+    """x [B, T, ...] summed along T, in two steps: devices are slow at sums of thousands."""
+    t, size = x.shape[1], 128
+    if t <= size:
+        return x.cumsum(1)
+    inside = F.pad(x, (0, 0) * (x.ndim - 2) + (0, -t % size)).unflatten(1, (-1, size)).cumsum(2)
+    before = F.pad(inside[:, :-1, -1], (0, 0) * (x.ndim - 2) + (1, 0)).cumsum(1)
+    return (inside + before.unsqueeze(2)).flatten(1, 2)[:, :t]

@@ -231,8 +231,9 @@ def _keep(ctx, inputs, output) -> None:
 
 
 def _differentiate(ctx, run, dy, dfinal, *_):
-    state = ctx.saved_tensors[1]
-    *grads, dstate = run(*ctx.saved_tensors, dy, dfinal)
+    saved = ctx.saved_tensors  # asked for once: blocks that are computed anew allow no more
+    state = saved[1]
+    *grads, dstate = run(*saved, dy, dfinal)
     return *grads, None if state is None else dstate, None, None
 
 

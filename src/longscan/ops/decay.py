@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from longscan import algebra
 from longscan.algebra import SegmentMap
@@ -27,8 +29,10 @@ from longscan.ops._check import (
 from longscan.ops._decay_fused import decay_fits, decay_fused
 from longscan.ops._decay_keys_fused import decay_keys_fits, decay_keys_fused
 from longscan.ops._layout import layout
-from longscan.ops._scores import cumulative, decay_factors, vector_scores
+from longscan.ops._scores import cumulative, decay_factors, sums, vector_scores
 from longscan.ops.dispatch import by_sequence, choose
+
+T = TypeVar("T")
 
 
 def decay_reference(
@@ -166,7 +170,7 @@ def decay_segment(k: Tensor, v: Tensor, log_a: Tensor | None = None) -> SegmentM
     if log_a is None:
         return SegmentMap("identity", None, _written(k, v))
     # What is left of each write at the end: sums from there, so that late writes lose no digits.
-    left = log_a.flip(1).cumsum(1).flip(1)
+    left = sums(log_a.flip(1)).flip(1)
     total, kept = left[:, 0], F.pad(left[:, 1:], (0, 0) * (left.ndim - 2) + (0, 1)).exp()
     if log_a.ndim == 4:
         k = k if groups == heads else k.repeat_interleave(heads // groups, 2)
@@ -190,43 +194,58 @@ def _spread(
     run: Callable[[Tensor | None], tuple[Tensor, Tensor]],
     scale: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """`decay` of a shard: its tokens as if no state entered, while the state is on its way."""
-    u = v if scale is None else scale.unsqueeze(-1) * v
+    """`decay` of a shard: its tokens as if no state entered, while the state is on its way.
+
+    What is wide in the map and in the reads, in float32, is made anew in the backward.
+    """
 
     def segment(cut: slice) -> SegmentMap:
         with full_precision(v):
-            return decay_segment(k[:, cut], u[:, cut], None if log_a is None else log_a[:, cut])
+            u = v[:, cut] if scale is None else scale[:, cut].unsqueeze(-1) * v[:, cut]
+            return decay_segment(k[:, cut], u, None if log_a is None else log_a[:, cut])
 
-    exchange = shards.begin(segment, state)
+    exchange = shards.begin(lambda cut: _anew(segment, cut), state)
     others = exchange.others()
     assert not isinstance(others, tuple)
     with _across.within(None):
         o, s = run(others)
     enters, first = exchange.wait(), shards.first
     assert isinstance(enters, Tensor)
-    with full_precision(v):
-        q, b = q[:, first].to(enters.dtype), None
-        groups = q.shape[2]
-        if log_a is not None:
-            b = log_a[:, first].to(enters.dtype).cumsum(1)
-        if b is not None and b.ndim == 4:
-            r = v.shape[2] // groups
-            read = torch.einsum(
-                "bthk,bhkv->bthv", (q if r == 1 else q.repeat_interleave(r, 2)) * b.exp(), enters
-            )
-        else:
-            by_group = enters.unflatten(1, (groups, -1))
-            read = torch.einsum("btgk,bgrkv->btgrv", q, by_group).flatten(2, 3)
-            read = read if b is None else read * b.exp().unsqueeze(-1)
-        left = enters
-        if b is not None:
-            end = b[:, -1].exp()
-            left = (end if end.ndim == 3 else end.unsqueeze(-1)).unsqueeze(-1) * enters
-        o = o.to(read.dtype)
-        rest = o.shape[1] - read.shape[1]
-        o = o + read if not rest else torch.cat([o[:, first] + read, o[:, first.stop :]], 1)
-        s = s + left if len(s) == len(left) else torch.cat([s[:1] + left, s[1:]])
+    gates = None if log_a is None else log_a[:, first]
+    read, left = _anew(_reads, q[:, first], gates, enters)
+    o = o.to(read.dtype)
+    rest = o.shape[1] - read.shape[1]
+    o = o + read if not rest else torch.cat([o[:, first] + read, o[:, first.stop :]], 1)
+    s = s + left if len(s) == len(left) else torch.cat([s[:1] + left, s[1:]])
     return o.to(v.dtype), s
+
+
+def _reads(q: Tensor, log_a: Tensor | None, enters: Tensor) -> tuple[Tensor, Tensor]:
+    """What tokens read of the state that entered before them [B, T, H, V], and what is left of it.
+
+    Shapes: q, log_a as `decay`; enters [B, H, K, V].
+    """
+    with full_precision(q):
+        q, log_a = cast(enters.dtype, q, log_a)
+        groups, heads = q.shape[2], enters.shape[1]
+        b = None if log_a is None else sums(log_a)
+        if b is not None and b.ndim == 4:
+            q = q if groups == heads else q.repeat_interleave(heads // groups, 2)
+            return torch.einsum("bthk,bhkv->bthv", q * b.exp(), enters), (
+                b[:, -1].exp().unsqueeze(-1) * enters
+            )
+        read = torch.einsum("btgk,bgrkv->btgrv", q, enters.unflatten(1, (groups, -1)))
+        read = read.flatten(2, 3)
+        if b is None:
+            return read, enters
+        return read * b.exp().unsqueeze(-1), b[:, -1].exp()[..., None, None] * enters
+
+
+def _anew(make: Callable[..., T], *inputs: Any) -> T:
+    """make(*inputs), of which the backward keeps the inputs alone."""
+    if not torch.is_grad_enabled():
+        return make(*inputs)
+    return checkpoint(make, *inputs, use_reentrant=False, preserve_rng_state=False)  # type: ignore[return-value]
 
 
 def decay(

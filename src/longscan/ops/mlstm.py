@@ -25,6 +25,7 @@ from longscan.ops._check import (
 )
 from longscan.ops._layout import Layout, check_cu_seqlens, layout
 from longscan.ops._mlstm_fused import mlstm_fits, mlstm_fused
+from longscan.ops._scores import sums
 from longscan.ops.dispatch import choose
 
 MLSTMState = tuple[Tensor, Tensor]
@@ -174,19 +175,22 @@ def _chunks(
     return maps, read
 
 
-def mlstm_segment(k: Tensor, v: Tensor, i: Tensor, f: Tensor, *, chunk: int = 64) -> SegmentMap:
+def mlstm_segment(k: Tensor, v: Tensor, i: Tensor, f: Tensor) -> SegmentMap:
     """The map of a whole stretch on the state: a scaled map, see `longscan.algebra`.
 
     Shapes: as `mlstm`; map axes [B, H, K, V + 1], log decay and log scale [B, H, 1].
     """
     with full_precision(v):
         k, v, i, f = cast(compute_dtype(k, v, i, f), k, v, i, f)
-        plan = layout(v.shape[0], v.shape[1], chunk, None)
-        s, m = _first_state(k, v)
-        log_f, m = F.logsigmoid(f), m + EMPTY
-        maps, _ = _chunks(plan, k, k, v, i, _floored(log_f, i, m), 0.0)
-        _, (s, m) = algebra.scan(maps, (s, m), plan.counts)
-        return SegmentMap("diagonal", log_f.sum(1).unsqueeze(-1), s, m)
+        log_f = F.logsigmoid(f)
+        # The weight of each write at the end: sums from there, so that late ones lose no digits.
+        kept = _floored(log_f, i, i.new_full((v.shape[0], 1, 1), EMPTY))
+        left = sums(kept.flip(1)).flip(1)
+        w = i + F.pad(left[:, 1:], (0, 0, 0, 1))
+        m = w.amax(1)
+        v = F.pad(v, (0, 1), value=1.0)
+        u = torch.einsum("bthk,bthv->bhkv", k, v * (w - m.unsqueeze(1)).exp().unsqueeze(-1))
+        return SegmentMap("diagonal", log_f.sum(1).unsqueeze(-1), u, m.unsqueeze(-1))
 
 
 def mlstm(

@@ -7,9 +7,11 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from longscan import algebra
 from longscan.algebra import SegmentMap
+from longscan.ops import _across
 from longscan.ops._check import (
     cast,
     check_floating,
@@ -20,46 +22,14 @@ from longscan.ops._check import (
     full_precision,
 )
 from longscan.ops._layout import check_cu_seqlens, layout
-from longscan.ops._scores import cumulative
+from longscan.ops._scores import cumulative, sums
+from longscan.ops._turn import PAIRS, Turned, rotate, to_heads, wrap
 from longscan.ops.dispatch import choose
 from longscan.state import State
-
-PAIRS = ("neighbours", "halves")
 
 # Numbers in the queries of a block of chunks on a CPU, measured: larger tensors come from fresh
 # pages of memory each time, which can take as long as the arithmetic.
 _BLOCK = 1 << 20
-
-
-def _pairs(x: Tensor, n: int, pairs: str) -> tuple[Tensor, Tensor]:
-    """Views of the first and the second members of n pairs of the last axis."""
-    if pairs == "neighbours":
-        return x[..., : 2 * n : 2], x[..., 1 : 2 * n : 2]
-    half = x.shape[-1] // 2
-    return x[..., :n], x[..., half : half + n]
-
-
-def rotate(x: Tensor, angle: Tensor, pairs: str) -> Tensor:
-    """Turn S pairs of the last axis by S angles: (2i, 2i + 1) or (i, N / 2 + i), i < S.
-
-    Shapes: x [..., N]; angle [..., S], S <= N / 2, broadcasts over the axes before.
-    """
-    y, cos, sin = x.clone(), angle.cos(), angle.sin()
-    x1, x2 = _pairs(x, angle.shape[-1], pairs)
-    y1, y2 = _pairs(y, angle.shape[-1], pairs)
-    y1.copy_(x1 * cos - x2 * sin)
-    y2.copy_(x1 * sin + x2 * cos)
-    return y
-
-
-def wrap(angle: Tensor) -> Tensor:
-    """The angle in [-pi, pi] that differs by whole turns.
-
-    In float64: subtracting a float32 turn leaves its rounding, the same one every time.
-    """
-    exact = angle.double()
-    turns = (exact.detach() * (0.5 / math.pi)).round_()
-    return (exact - turns * (2 * math.pi)).to(angle.dtype)
 
 
 def trapezoid_reference(
@@ -135,56 +105,6 @@ def trapezoid_step(
     return y, State(angle=angle, s=s, k=k, v=v.clone())
 
 
-def _to_heads(x: Tensor, bias: Tensor) -> Tensor:
-    """Vectors of groups + biases of heads: [G, Hk, C, R, N] and [H, R, N] -> [G, H, C, R, N]."""
-    bias = bias.unflatten(0, (x.shape[1], -1)).unsqueeze(2)
-    return (x.unsqueeze(2) + bias).flatten(1, 2)
-
-
-def _turn_(x: Tensor, cos: Tensor, sin: Tensor, pairs: str) -> None:
-    """`rotate`, in place."""
-    x1, x2 = _pairs(x, cos.shape[-1], pairs)
-    across = x1 * sin
-    x1.mul_(cos).addcmul_(x2, sin, value=-1)
-    x2.mul_(cos).add_(across)
-
-
-class _Turned(torch.autograd.Function):
-    """rotate(_to_heads(x, bias), theta) of q and k, without the copies that autograd would make.
-
-    These are the largest tensors of the layer: on a CPU it gains a sixth of the whole time.
-    """
-
-    @staticmethod
-    def forward(
-        ctx, q: Tensor, k: Tensor, q_bias: Tensor, k_bias: Tensor, theta: Tensor, pairs: str
-    ):
-        ctx.groups, ctx.pairs = q.shape[1], pairs
-        q, k = _to_heads(q, q_bias), _to_heads(k, k_bias)
-        cos, sin = theta.cos(), theta.sin()
-        for y in (q, k):
-            _turn_(y, cos, sin, pairs)
-        ctx.save_for_backward(q, k, theta, cos, sin)
-        return q, k
-
-    @staticmethod
-    def backward(ctx, *grads: Tensor):
-        *turned, theta, cos, sin = ctx.saved_tensors
-        n, d_theta, d_x, d_bias = theta.shape[-1], [], [], []
-        for y, g in zip(turned, grads, strict=True):
-            (y1, y2), (g1, g2) = _pairs(y, n, ctx.pairs), _pairs(g, n, ctx.pairs)
-            d_theta.append(torch.addcmul(y1 * g2, y2, g1, value=-1))
-            if torch.is_grad_enabled():  # a second derivative is wanted
-                g = rotate(g, -theta, ctx.pairs)
-            else:
-                g = g.clone()
-                _turn_(g, cos, -sin, ctx.pairs)
-            g = g.unflatten(1, (ctx.groups, -1))
-            d_x.append(g.sum(2))
-            d_bias.append(g.sum((0, 3)).flatten(0, 1))
-        return *d_x, *d_bias, (d_theta[0] + d_theta[1]).sum(-2, keepdim=True), None
-
-
 def trapezoid_chunked(
     q: Tensor,
     k: Tensor,
@@ -229,12 +149,12 @@ def trapezoid_chunked(
         plan.split(x).transpose(1, 2) for x in (q, k, v, rate, log_a, now, now + following, dt)
     )
     # Angles of thousands of tokens add up in float64; what is left of full turns fits float32.
-    turned = (rate * dt.unsqueeze(-1)).double().cumsum(2)
+    turned = _turns(rate, dt).cumsum(2)
     maps = SegmentMap("identity", None, turned[:, :, -1:])
     entering, angle = algebra.scan(maps, plan.rows_in(angle.double().unsqueeze(2)), plan.counts)
     theta = wrap(turned + entering).to(q.dtype).unsqueeze(3)
     angle = wrap(plan.rows_out(angle)).squeeze(2).to(q.dtype)
-    k_end = rotate(_to_heads(k_end.unsqueeze(2), k_bias).squeeze(2), angle.unsqueeze(2), pairs)
+    k_end = rotate(to_heads(k_end.unsqueeze(2), k_bias).squeeze(2), angle.unsqueeze(2), pairs)
 
     # Queries and keys get their heads a block of chunks at a time.
     numbers = plan.counts[0] * plan.chunk * heads * ranks * k.shape[-1]
@@ -262,9 +182,9 @@ def _block(
     """
     q, k, v, log_a, now, w, theta = tokens
     if torch.compiler.is_compiling():  # which makes few passes of the plain form itself
-        q, k = (rotate(_to_heads(*x), theta, pairs) for x in ((q, q_bias), (k, k_bias)))
+        q, k = (rotate(to_heads(*x), theta, pairs) for x in ((q, q_bias), (k, k_bias)))
     else:
-        q, k = _Turned.apply(q, k, q_bias, k_bias, theta, pairs)
+        q, k = Turned.apply(q, k, q_bias, k_bias, theta, pairs)
     # Ranks lie beside tokens: a chunk has C R rows.
     ranks = v.shape[3]
     b = cumulative(log_a, -1)
@@ -292,6 +212,95 @@ def _earlier(b: Tensor, ranks: int) -> Tensor:
     others = torch.ones(c, c, dtype=torch.bool, device=b.device).triu()
     f = (b.unsqueeze(-1) - b.unsqueeze(-2)).masked_fill(others, float("-inf")).exp2()
     return f if ranks == 1 else f.repeat_interleave(ranks, -1).repeat_interleave(ranks, -2)
+
+
+def trapezoid_segment(
+    k: Tensor,
+    v: Tensor,
+    log_a: Tensor,
+    dt: Tensor,
+    lam: Tensor,
+    rate: Tensor,
+    k_bias: Tensor,
+    state: State,
+    pairs: str = "neighbours",
+) -> SegmentMap:
+    """The map of a whole stretch on s, for the angle and the last token that enter with `state`:
+    s_out = exp(sum log_a) s_in + U. Angles have a map of their own, the identity and a sum.
+
+    Shapes: as `trapezoid`; map axes [B, H, N, P].
+    """
+    given = k, v, log_a, dt, lam, rate, k_bias
+    k, v, log_a, dt, lam, rate, k_bias = cast(compute_dtype(k, v, log_a), *given)
+    angle, k0, v0 = (state.tensor(x) for x in ("angle", "k", "v"))
+    now = lam * dt
+    before = dt - now
+    # What is left of each write at the end: sums from there, so that late writes lose no digits.
+    left = sums(log_a.flip(1)).flip(1)
+    kept = F.pad(left[:, 1:], (0, 0, 0, 1)).exp()
+    w = kept * (now + F.pad(before[:, 1:], (0, 0, 0, 1)))
+    theta = wrap(sums(_turns(rate, dt)) + angle.double().unsqueeze(1)).to(k.dtype)
+    keys = rotate(to_heads(k.transpose(1, 2), k_bias), theta.transpose(1, 2).unsqueeze(3), pairs)
+    u = torch.einsum("bhtrn,bthrp->bhnp", keys, v * w[..., None, None])
+    first = left[:, 0].exp() * before[:, 0]
+    u = torch.addcmul(u, first[..., None, None], k0.to(u.dtype).mT @ v0.to(u.dtype))
+    return SegmentMap("diagonal", left[:, :1].mT, u)
+
+
+def _turns(rate: Tensor, dt: Tensor) -> Tensor:
+    """What each token adds to the angles [B, T, H, S], in float64: thousands of them add up."""
+    return (rate * dt.unsqueeze(-1)).double()
+
+
+def _entering(
+    shards: _across.Across,
+    state: State,
+    pairs: str,
+    k_bias: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_a: Tensor,
+    dt: Tensor,
+    lam: Tensor,
+    rate: Tensor,
+) -> State:
+    """The states that a shard of tokens starts from: angles first, which turn the key of the token
+    before, and both make the map on s."""
+    turns = _turns(rate, dt)
+
+    def total(cut: slice) -> Tensor:
+        return turns[:, cut].sum(1)
+
+    def turn(cut: slice) -> SegmentMap:
+        return SegmentMap("identity", None, wrap(total(cut)).unsqueeze(-1))
+
+    angle = wrap(_across.entering(turn, state.tensor("angle").double().unsqueeze(-1)).squeeze(-1))
+    rows, sizes = slice(-k.shape[0], None), [state.tensor(x)[0].numel() for x in ("k", "v")]
+
+    def token(cut: slice) -> Tensor:
+        """The last one before the end of the shard: its key, turned, and value [B, 1, ...]."""
+        end = wrap(angle[rows] + total(shards.last)).to(k.dtype)
+        key = to_heads(k[:, cut].transpose(1, 2), k_bias).squeeze(2)
+        key = rotate(key, end.unsqueeze(2), pairs)
+        return torch.cat([key.flatten(1), v[:, cut].flatten(1)], 1).unsqueeze(1)
+
+    given = torch.cat([state.tensor(x).flatten(1) for x in ("k", "v")], 1).unsqueeze(1)
+    before = _across.window(token, 1, given)
+    assert before is not None
+    k0, v0 = before.squeeze(1).split(sizes, 1)
+    state = State(
+        state,
+        angle=angle.to(k.dtype),
+        k=k0.view_as(state.tensor("k")),
+        v=v0.view_as(state.tensor("v")),
+    )
+    last = State({x: state.tensor(x)[rows] for x in ("angle", "k", "v")})
+
+    def segment(cut: slice) -> SegmentMap:
+        tokens = (x[:, cut] for x in (k, v, log_a, dt, lam, rate))
+        return trapezoid_segment(*tokens, k_bias=k_bias, state=last, pairs=pairs)
+
+    return State(state, s=_across.entering(segment, state.tensor("s")))
 
 
 def state_shapes(heads: int, ranks: int, d_key: int, d_value: int, angles: int) -> dict:
@@ -373,6 +382,8 @@ def trapezoid(
     with full_precision(v):
         inputs = cast(dtype, q, k, v, log_a, dt, lam, rate, q_bias, k_bias)
         state = state.to(dtype=dtype)
+        if (shards := _across.active()) is not None:
+            state = _entering(shards, state, pairs, inputs[8], *inputs[1:7])
         forms = {"reference": trapezoid_reference, "torch": trapezoid_chunked}
         run = choose("trapezoid", v, backend, forms)
         if run is trapezoid_reference:

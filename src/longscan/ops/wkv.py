@@ -118,8 +118,13 @@ def wkv_segment(k: Tensor, v: Tensor, log_a: Tensor) -> SegmentMap:
 
     Shapes: as `wkv`; map axes [B, D, 2].
     """
-    _, (s, m) = wkv_chunked(k, v, log_a, torch.zeros_like(log_a))
-    return SegmentMap("diagonal", (k.shape[1] * log_a).expand_as(m), s, m)
+    length = k.shape[1]
+    age = torch.arange(length - 1, -1, -1, dtype=k.dtype, device=k.device)
+    w = k + age.unsqueeze(-1) * log_a
+    m = w.amax(1)
+    w = (w - m.unsqueeze(1)).exp()
+    s = torch.stack([(w * v).sum(1), w.sum(1)], -1)
+    return SegmentMap("diagonal", (length * log_a).expand_as(m), s, m)
 
 
 def _entering(k: Tensor, v: Tensor, log_a: Tensor, state: WKVState | None, rows: int) -> WKVState:

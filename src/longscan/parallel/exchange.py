@@ -33,8 +33,7 @@ class Exchange:
         if not shards.onward:  # nothing leaves: the map of one token, for its shapes
             stretch = slice(stretch.stop - 1, stretch.stop)
         of = segment(stretch)
-        self.passes = shards.passes
-        if shards.onward and not self.passes and state is not None:
+        if shards.onward and not shards.passes and state is not None:
             u, m = _parts(of(_row(state, -1, shards.packed)))
             of = SegmentMap(of.kind, of.a, u, m)
         self.lead, (_, self.columns) = of.u.shape[:-2], of.u.shape[-2:]
@@ -46,11 +45,9 @@ class Exchange:
         self.a, u, self.m = (self._flat(x, i) for i, x in enumerate(given))
         assert u is not None
         self.u = u
-        self.going: Pending[Affine | None] | None = None
-        self.coming: Pending[Affine | None]
-        self.adjoint: Adjoint
+        self.both = _Both(shards, self.kind, shards.passes)
         anchor = self.u.new_empty(0, requires_grad=self.records)
-        self.token = _Begin.apply(self, anchor, self.u, self.a, self.m)
+        self.token = _Begin.apply(self.both, anchor, self.u, self.a, self.m)
 
     def _flat(self, x: Tensor | None, which: int) -> Tensor | None:
         """A part of the map with its leading axes as one."""
@@ -59,14 +56,6 @@ class Exchange:
         two = which == 1 or (self.kind == "matrix" and which == 0)
         tail = x.shape[x.ndim - 1 - two :]
         return x.expand(*self.lead, *tail).reshape(-1, *tail)
-
-    def start(self, of: SegmentMap) -> None:
-        """Send the maps forward."""
-        self.going = self.shards.over.scan(of, self.shards.forward, "state")
-
-    def start_back(self, of: SegmentMap) -> None:
-        """Send gradients of states back."""
-        self.coming = self.shards.over.scan(of, self.shards.backward, "gradient")
 
     def wait(self) -> Affine:
         """What the first local sequence starts from [rows or 1, ...]."""
@@ -80,7 +69,7 @@ class Exchange:
             s = s.reshape(-1, k, v).to(self.u.dtype)
             m = None if m is None else m.reshape(-1, m.shape[-1]).to(self.u.dtype)
         parts = [None if x is None else x.detach() for x in (self.a, self.u, self.m)]
-        s, m = _Wait.apply(self, self.token, s, m, *parts)
+        s, m = _Wait.apply(self.both, self.token, s, m, *parts)
         s = s.view(*self.lead, k, v)
         return s if m is None else (s, m.view(*self.lead, -1))
 
@@ -119,11 +108,30 @@ def _row(state: Affine, row: int, packed: bool) -> Affine:
     return (state[0][at], state[1][at]) if isinstance(state, tuple) else state[at]
 
 
+class _Both:
+    """What the two functions of an exchange share. No tensor of the graph is kept here longer than
+    needed: a circle of references would keep the whole graph until it is collected."""
+
+    def __init__(self, shards: Shards, kind: str, passes: bool) -> None:
+        self.shards, self.kind, self.passes = shards, kind, passes
+        self.going: Pending[Affine | None] | None = None
+        self.coming: Pending[Affine | None] | None = None
+        self.adjoint: Adjoint | None = None
+
+    def start(self, of: SegmentMap) -> None:
+        """Send the maps forward."""
+        self.going = self.shards.over.scan(of, self.shards.forward, "state")
+
+    def start_back(self, of: SegmentMap) -> None:
+        """Send gradients of states back."""
+        self.coming = self.shards.over.scan(of, self.shards.backward, "gradient")
+
+
 class _Begin(torch.autograd.Function):
     """Starts the exchange; backward waits for the gradient of the state that leaves."""
 
     @staticmethod
-    def forward(ctx, exchange: Exchange, anchor: Tensor, u, a, m) -> Tensor:
+    def forward(ctx, exchange: _Both, anchor: Tensor, u, a, m) -> Tensor:
         ctx.exchange = exchange
         if not exchange.shards.tape.replaying:
             exchange.start(SegmentMap(exchange.kind, a, u, m))
@@ -131,12 +139,15 @@ class _Begin(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, _):  # type: ignore[override]
-        ex: Exchange = ctx.exchange
-        found = ex.coming.wait()
+        ex: _Both = ctx.exchange
+        assert ex.coming is not None
+        assert ex.adjoint is not None
+        found, back = ex.coming.wait(), ex.adjoint
+        ex.coming = ex.adjoint = None
         if found is None or not ex.shards.onward:
             return None, None, None, None, None
         assert isinstance(found, Tensor)
-        du, da, dm = ex.adjoint.gradients(found)
+        du, da, dm = back.gradients(found)
         return None, None, du, da, dm
 
 
@@ -148,7 +159,7 @@ class _Wait(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, exchange: Exchange, token, s, m, a, u, own):
+    def forward(ctx, exchange: _Both, token, s, m, a, u, own):
         ex = exchange
         receives = ex.shards.continues
 
@@ -157,6 +168,7 @@ class _Wait(torch.autograd.Function):
             return ex.going.wait()
 
         entered = ex.shards.tape.through(found)
+        ex.going = None
         if receives:
             assert entered is not None
             s, m = _parts(entered)
@@ -168,8 +180,8 @@ class _Wait(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, ds: Tensor, dm: Tensor | None):  # type: ignore[override]
-        ex: Exchange = ctx.exchange
-        s, m, a, u, own = ctx.saved_tensors
+        ex: _Both = ctx.exchange
+        s, m, a, u, own = (None if x is None else x.detach() for x in ctx.saved_tensors)
         back, offset = Adjoint(ex.kind, ex.passes, s, m, a, u, own), ds
         if ex.shards.continues:
             ex.start_back(back.map(ds, dm))

@@ -161,32 +161,32 @@ def allscan(n_blocks: int) -> Scan:
 
 
 def doubling(of: SegmentMap, row: Row, wire: Wire, kind: str) -> Affine | None:
-    """Composed maps go 1, 2, 4, ... ranks far; then each rank hands on what leaves it."""
+    """Maps composed of 1, 2, 4, ... ranks go as many ranks far."""
     i, size, far = row.ranks.index(wire.rank), len(row.ranks), 1
-    absolute = [not p for p in row.passes]  # whether the map composed so far begins a sequence
+    enters: SegmentMap | None = None  # of the ranks i - far + 1 .. i - 1
+
+    def begun(j: int, end: int) -> bool:
+        """Whether a sequence begins in one of the far ranks behind j, up to end."""
+        return not all(row.passes[max(0, j - far + 1) : end])
+
+    def asks(j: int) -> bool:
+        return far <= j < size and row.receives[j] and not begun(j, j)
+
     while far < size:
-        composing = [not absolute[j] and j >= far for j in range(size)]
-        sends, receives, with_a = {}, {}, True
-        if i + far < size and composing[i + far]:
-            sends[row.ranks[i + far]] = _packed(of, with_a=not absolute[i])
-        if composing[i]:
-            with_a = not absolute[i - far]
+        sends, receives = {}, {}
+        if asks(i + far):
+            sends[row.ranks[i + far]] = _packed(of, with_a=not begun(i, i + 1))
+        if asks(i):
+            with_a = not begun(i - far, i - far + 1)
             receives[row.ranks[i - far]] = torch.empty_like(_packed(of, with_a=with_a))
-        wire.trade(sends, receives, kind)
-        for got in receives.values():
+            (got,) = wire.trade(sends, receives, kind).values()
             left = _unpacked(got, of, with_a=with_a)
-            of = compose(of, left)
-        absolute = [absolute[j] or (composing[j] and absolute[j - far]) for j in range(size)]
+            enters = left if enters is None else compose(enters, left)
+            of = of if begun(i, i + 1) else compose(of, left)
+        else:
+            wire.trade(sends, receives, kind)
         far *= 2
-    sends, receives = {}, {}
-    if i + 1 < size and row.receives[i + 1]:
-        sends[row.ranks[i + 1]] = _packed(of, with_a=False)
-    if row.receives[i]:
-        receives[row.ranks[i - 1]] = torch.empty_like(_packed(of, with_a=False))
-    wire.trade(sends, receives, kind)
-    if not receives:
-        return None
-    return _unpacked(receives[row.ranks[i - 1]], of, with_a=False).offset
+    return None if enters is None else enters.offset
 
 
 def hierarchical(of: SegmentMap, row: Row, wire: Wire, kind: str) -> Affine | None:

@@ -155,11 +155,17 @@ class SequenceParallel:
 
         A parameter without a gradient counts as zero. All ranks must pass the same parameters.
         """
+        by_dtype: dict[torch.dtype, list[Tensor]] = {}
         for p in parameters:
-            if not p.requires_grad:
-                continue
-            g = torch.zeros_like(p) if p.grad is None else p.grad
-            p.grad = self.wire.run(lambda x: self.wire.total(x, "parameters"), g)
+            if p.requires_grad:
+                if p.grad is None:
+                    p.grad = torch.zeros_like(p)
+                by_dtype.setdefault(p.grad.dtype, []).append(p.grad)
+        for grads in by_dtype.values():
+            flat = torch.cat([g.flatten() for g in grads])
+            flat = self.wire.run(lambda x: self.wire.total(x, "parameters"), flat)
+            for g, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+                g.copy_(part.view_as(g))
 
     def method_for(self, element: cost.Element) -> str:
         """The method by which maps of these sizes cross: the one asked for, or of `auto` the one

@@ -13,6 +13,7 @@ from torch import Tensor
 from longscan.algebra import Affine, SegmentMap
 from longscan.ops import _across
 from longscan.ops._layout import check_cu_seqlens
+from longscan.ops._relayed import relayed
 from longscan.parallel.attention import gathered_attention
 from longscan.parallel.exchange import Exchange
 from longscan.parallel.final import final_state
@@ -82,6 +83,7 @@ class Shards:
         if cu_seqlens is not None:
             self.cu_seqlens = torch.tensor(self.local, device=cu_seqlens.device)
         self.tape = Tape()
+        self.notes: dict[tuple, Any] = {}
 
     def __repr__(self) -> str:
         what = f"{len(self.sequences) - 1} packed sequences" if self.packed else "one batch"
@@ -149,14 +151,14 @@ class Shards:
         if not mixer.shardable:
             if state is None and rows > 1 and self.packed and self.continues:
                 state = mixer.init_state(rows)
-            with _across.within(None):
+            with _across.within(None), relayed():
                 return relay(self, call, x, state)
         bounds = self.cu_seqlens
+        if bounds is None and len(x) > 1 and min(self.lengths) == 1:
+            raise ValueError(
+                "a batch needs two tokens on every rank: one looks like a step of decoding"
+            )
         if self.length == 1 and bounds is None:
-            if len(x) > 1:
-                raise ValueError(
-                    "a batch needs two tokens on every rank: one looks like a step of decoding"
-                )
             bounds = torch.tensor([0, 1], device=x.device)
         with self.active():
             return call(x, self._placed(mixer, state, rows), bounds)
