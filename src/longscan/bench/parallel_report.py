@@ -288,6 +288,9 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         if case in GOALS:
             axis.axhline(GOALS[case], color="grey", linewidth=0.7, linestyle="--")
         axis.set(xscale="log", title=case, xlabel="tokens", ylabel="tokens/s, SP / DP")
+        at = sorted({r["tokens"] for r in mine})
+        axis.set_xticks(at, [f"{t // 1024}k" for t in at])
+        axis.minorticks_off()
         axis.legend(fontsize=7)
         axis.grid(alpha=0.3)
     figure.tight_layout()
