@@ -77,7 +77,7 @@ def test_wrong_calls(ranks):
     for messages, traffic in ranks.run(_wrong_calls, size=2):
         for message, words in zip(
             messages,
-            ("shards.shard", "SequenceParallel.shards", "not two of them", "one row, not 2",
+            ("shards.shard", "SequenceParallel.shards", "not both", "one row, not 2",
              "two tokens on every rank"),
             strict=True,
         ):  # fmt: skip

@@ -187,7 +187,7 @@ class LanguageData(lightning.LightningDataModule):
         return windows
 
     def _shard(self) -> tuple[int, int]:
-        """(rank, world) among the data-parallel ranks; tensor-parallel ones share their rows."""
+        """(rank, world) among the data-parallel ranks; ranks that share sequences share rows."""
         if self.trainer is None:
             return 0, 1
         place = getattr(self.trainer.strategy, "distributed_sampler_kwargs", None)

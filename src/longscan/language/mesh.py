@@ -78,7 +78,10 @@ def _place(sizes: MeshSizes, settings: dict[str, Any]) -> None:
         settings["devices"] = sizes.processes // nodes
         return
     if isinstance(devices, str):
-        devices = [int(d) for d in devices.split(",")] if "," in devices else int(devices)
+        several, parts = "," in devices, [d for d in devices.split(",") if d.strip()]
+        if not all(d.strip().isdigit() for d in parts):
+            raise ValueError(f"--trainer.devices must be numbers with a mesh, not {devices!r}")
+        devices = [int(d) for d in parts] if several else int(devices)
     count = nodes * (devices if isinstance(devices, int) else len(devices))
     if count != sizes.processes:
         raise ValueError(

@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 import time
+import uuid
 from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
@@ -113,7 +114,9 @@ class TokenWriter:
         self.folder = Path(folder)
         self.vocab_size, self.eod = vocab_size, eod
         self.dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
-        self._temporary = self.folder.with_name(f".{self.folder.name}.{os.getpid()}.tmp")
+        # Two hosts that share a disk may have processes of the same number.
+        own = f"{os.getpid()}.{uuid.uuid4().hex[:8]}"
+        self._temporary = self.folder.with_name(f".{self.folder.name}.{own}.tmp")
         self._files: dict[tuple[Split, str], BinaryIO] = {}
         self._counts = {s: {"n_tokens": 0, "n_documents": 0, "n_bytes": 0} for s in SPLITS}
 

@@ -51,8 +51,8 @@ class TrainerOptions:
         strategy: auto | ddp | fsdp2 (parameters and optimiser sharded over all processes).
         mesh: dp=2,sp=4: 2 groups with data of their own, of 4 processes that share sequences
             (docs/parallel.md); null: each process has data of its own.
-        sp_method: how states cross between processes: auto | allgather | allscan | doubling |
-            hierarchical.
+        sp_method: how states cross between processes, where sp > 1: auto | allgather | allscan |
+            doubling | hierarchical.
         precision: 32-true | bf16-mixed | ...; null: bf16-mixed on a CUDA GPU, else 32-true.
         accumulate_grad_batches: batches whose gradients make one step.
         gradient_clip_val: largest norm of the gradient; null: any.

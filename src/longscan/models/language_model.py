@@ -104,7 +104,7 @@ class LanguageModel(Stack):
             h, state = self.hidden(ids, state, cu_seqlens=cu_seqlens, shards=shards)
             return self.logits(h), state
         if cu_seqlens is not None or shards is not None:
-            raise ValueError("pass attention_mask, or cu_seqlens, or shards: not two of them")
+            raise ValueError("pass attention_mask or cu_seqlens or shards, not both")
         keep, bounds = _unpad(ids, attention_mask)
         h, state = self.hidden(ids[keep][None], state, cu_seqlens=bounds)
         logits = self.logits(h[0])

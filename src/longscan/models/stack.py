@@ -131,7 +131,7 @@ class Stack(nn.Module):
             s = None if state is None else state.child(str(i))
             more: dict[str, Any] = {"cu_seqlens": cu_seqlens, "first": first, "shards": shards}
             if again:
-                if shards is not None:  # what came from other ranks is kept, not sent again
+                if shards is not None:  # what came from other ranks is kept (see parallel/tape.py)
                     more["context_fn"] = shards.tape.twice
                 stream, s, first = checkpoint(block, stream, s, **more, use_reentrant=False)  # type: ignore[misc]
             else:

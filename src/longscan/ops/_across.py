@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from longscan.algebra import Affine, SegmentMap
@@ -139,3 +140,12 @@ def window(tokens: Callable[[slice], Tensor], n: int, state: Tensor | None) -> T
         return state
     last = shards.last
     return shards.window(tokens(slice(max(last.start, last.stop - n), last.stop)), n, state)
+
+
+def first_order_only() -> None:
+    """Raise RuntimeError in a backward that is itself to be differentiated."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "gradients that cross ranks have no second derivatives (create_graph=True): "
+            "differentiate twice on one device"
+        )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from longscan.algebra import SegmentMap
 from longscan.ops import _delta_fused as fused
-from longscan.ops._across import Across
+from longscan.ops._across import Across, first_order_only
 
 
 def delta_spreads(k: Tensor, v: Tensor) -> bool:
@@ -161,6 +161,7 @@ class _Spread(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, do, d_final):  # type: ignore[override]
+        first_order_only()
         q, k, v, beta, log_a, state, cu_seqlens, g, factors, enter, a = ctx.saved_tensors
         shards: Across = ctx.shards
         do = v.new_zeros(*q.shape[:2], *v.shape[-2:]) if do is None else do

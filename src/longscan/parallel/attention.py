@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from longscan.ops import _cache
+from longscan.ops._across import first_order_only
 from longscan.parallel.halo import tied
 from longscan.parallel.halo import window as tokens_before
 from longscan.state import State
@@ -57,7 +58,9 @@ def gathered_attention(
     k, v = apart(kv)
     others = None
     if loan is not None and loan.tokens:
-        q, others = loan.queries(q)
+        # What is lent comes back made from all of these: so does its gradient, on both ranks.
+        given = () if state is None else state.flatten().values()
+        q, others = loan.queries(tied(q, kv, *(t for t in given if t.requires_grad)))
     own = first
     if shards.continues:
         near = past if window is not None else past[:, : shards.before]
@@ -175,6 +178,7 @@ class _Lend(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d: Tensor):  # type: ignore[override]
+        first_order_only()
         loan = ctx.loan
         found = _receive(loan, ctx.like, d)
         return None, found, d if ctx.through else None
@@ -191,6 +195,7 @@ class _Borrow(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d: Tensor):  # type: ignore[override]
+        first_order_only()
         loan, wire = ctx.loan, ctx.loan.shards.wire
 
         def work(d: Tensor) -> None:
@@ -251,6 +256,7 @@ class _Gathered(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d: Tensor, dkv: Tensor):  # type: ignore[override]
+        first_order_only()
         shards = ctx.shards
 
         def work(d: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from longscan.algebra import EMPTY, Affine, SegmentMap, adjoint
-from longscan.ops._across import Segment
+from longscan.ops._across import Segment, first_order_only
+from longscan.ops._check import full_precision
 from longscan.parallel.wire import Pending
 
 if TYPE_CHECKING:
@@ -34,7 +35,8 @@ class Exchange:
             stretch = slice(stretch.stop - 1, stretch.stop)
         of = segment(stretch)
         if shards.onward and not shards.passes and state is not None:
-            u, m = _parts(of(_row(state, -1, shards.packed)))
+            with full_precision(of.u):
+                u, m = _parts(of(_like(of, _row(state, -1, shards.packed))))
             of = SegmentMap(of.kind, of.a, u, m)
         self.lead, (_, self.columns) = of.u.shape[:-2], of.u.shape[-2:]
         self.kind = of.kind
@@ -96,6 +98,14 @@ class Exchange:
         return (first, *more) if more else first  # type: ignore[return-value]
 
 
+def _like(of: SegmentMap, state: Affine) -> Affine:
+    """A state in the map's precision, which is the same on all ranks."""
+    if isinstance(state, tuple):
+        assert of.m is not None
+        return state[0].to(of.u.dtype), state[1].to(of.m.dtype)
+    return state.to(of.u.dtype)
+
+
 def _parts(x: Affine) -> tuple[Tensor, Tensor | None]:
     return x if isinstance(x, tuple) else (x, None)
 
@@ -139,6 +149,7 @@ class _Begin(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, _):  # type: ignore[override]
+        first_order_only()
         ex: _Both = ctx.exchange
         assert ex.coming is not None
         assert ex.adjoint is not None
@@ -180,6 +191,7 @@ class _Wait(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, ds: Tensor, dm: Tensor | None):  # type: ignore[override]
+        first_order_only()
         ex: _Both = ctx.exchange
         s, m, a, u, own = (None if x is None else x.detach() for x in ctx.saved_tensors)
         back, offset = Adjoint(ex.kind, ex.passes, s, m, a, u, own), ds

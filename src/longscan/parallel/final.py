@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from longscan.ops._across import first_order_only
 from longscan.state import State
 
 if TYPE_CHECKING:
@@ -45,7 +46,8 @@ def _shared(shards: Shards, source: int, state: State | None, local: State) -> S
     flat = {} if state is None else state.flatten()
     device = shards.device
     named = [(name, tuple(t.shape), t.dtype) for name, t in flat.items()]
-    names = shards.wire.run(lambda: shards.wire.told(named, source, device))
+    on = torch.empty(0, device=device)
+    names = shards.wire.run(lambda _: shards.wire.told(named, source, device), on)
     # Something of the graph, so that autograd comes by here on all ranks.
     graph = [t for t in local.flatten().values() if t.requires_grad]
     anchor = graph[0] if graph else torch.empty(0, device=device)
@@ -73,6 +75,7 @@ class _Shared(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads: Tensor):  # type: ignore[override]
+        first_order_only()
         wire = ctx.shards.wire
 
         def work(*grads: Tensor) -> list[Tensor]:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from longscan.ops._across import first_order_only
+
 if TYPE_CHECKING:
     from longscan.parallel.shards import Shards
 
@@ -56,12 +58,13 @@ def tied(x: Tensor, *others: Tensor) -> Tensor:
 class _Tied(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, *others: Tensor) -> Tensor:
-        ctx.save_for_backward(*others)
+        ctx.likes = [(t.shape, t.dtype, t.device) for t in others]
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx, d: Tensor):  # type: ignore[override]
-        return d, *(torch.zeros_like(x) for x in ctx.saved_tensors)
+        first_order_only()
+        return d, *(torch.zeros(n, dtype=t, device=at) for n, t, at in ctx.likes)
 
 
 class _Halo(torch.autograd.Function):
@@ -86,6 +89,7 @@ class _Halo(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d: Tensor):  # type: ignore[override]
+        first_order_only()
         shards, rank = ctx.shards, ctx.shards.wire.rank
         pieces = _pieces(shards, ctx.n)
 

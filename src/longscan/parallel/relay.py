@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from longscan.ops._across import first_order_only
 from longscan.parallel.halo import tied
 from longscan.state import State
 
@@ -104,6 +105,7 @@ class _Received(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):  # type: ignore[override]
+        first_order_only()
         shards = ctx.shards
         sends = [
             (torch.zeros_like(t) if g is None else g).contiguous()
@@ -131,6 +133,7 @@ class _Sent(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy: Tensor):  # type: ignore[override]
+        first_order_only()
         shards = ctx.shards
         likes = [x for x in ctx.likes if x[2]]
 

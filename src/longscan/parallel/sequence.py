@@ -24,6 +24,8 @@ class SequenceParallel:
         shards = sequence.shards(ids.shape[1])
         loss, _ = model.loss(shards.shard(ids), shards.shard(targets), shards=shards)
 
+    Every rank must run the model forward, and backward where one does, in the same order; a rank
+    without a target of its own multiplies its loss by 0. Gradients are of first order.
     group: a process group, a DeviceMesh of one axis, or None for all ranks. It should be used for
     nothing else while a model runs: messages are sent from a queue of its own.
     method: how segment maps cross: allgather | allscan | doubling | hierarchical, or auto (see
@@ -119,6 +121,11 @@ class SequenceParallel:
             raise ValueError(f"lengths {list(lengths)} add up to {sum(lengths)}, not {length}")
         if device is None:
             device = self.wire.device if cu_seqlens is None else cu_seqlens.device
+        if torch.device(device).type != self.wire.device.type:
+            raise ValueError(
+                f"the group sends tensors of {self.wire.device.type}, not of {device}: put "
+                "cu_seqlens and the tokens there, or use another backend"
+            )
         return Shards(
             self, lengths, cu_seqlens, device=torch.device(device), final_states=final_states
         )

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from longscan.algebra import Affine, SegmentMap
 from longscan.ops import _across
+from longscan.ops._cache import with_counts
 from longscan.ops._layout import check_cu_seqlens
 from longscan.ops._relayed import relayed
 from longscan.parallel.attention import gathered_attention
@@ -170,11 +171,16 @@ class Shards:
         given = mixer.init_state(rows) if state is None else state
         if state is None and all(t.is_floating_point() for t in given.flatten().values()):
             return None
-        flat = given.flatten()
+        flat, first = given.flatten(), 1 if self.packed else rows
         for name, t in flat.items():
-            if not t.is_floating_point():
-                flat[name] = t.clone()
-                flat[name][: 1 if self.packed else None] += self.before
+            if t.is_floating_point():
+                continue
+            known = [0] * rows if state is None else getattr(t, "_longscan_counts", None)
+            flat[name] = t.clone()
+            flat[name][:first] += self.before
+            if known is not None:  # so that nobody asks the device
+                seen = [n + self.before * (r < first) for r, n in enumerate(known)]
+                with_counts(flat[name], seen)
         return State.unflatten(flat)
 
     def final(self, state: State) -> State:
@@ -191,8 +197,7 @@ class Shards:
         both = torch.stack([loss.detach().double(), count.detach().double()])
         total = self.wire.run(lambda x: self.wire.total(x, "loss"), both)
         n = total[1].clamp(min=1)
-        own = loss / n.to(loss.dtype)
-        return (own - own.detach()) + (total[0] / n).to(own.dtype)
+        return _Mean.apply(loss, (total[0] / n).to(loss.dtype), n.to(loss.dtype))  # type: ignore[return-value]
 
     # What `ops._across` asks.
 
@@ -223,6 +228,19 @@ class Shards:
 def _of(bounds: list[int], token: int) -> int:
     """Which sequence a token belongs to."""
     return next(i for i, (a, b) in enumerate(pairwise(bounds)) if a <= token < b)
+
+
+class _Mean(torch.autograd.Function):
+    """`mean` of all ranks, with the gradient of this rank's share, 1 / n."""
+
+    @staticmethod
+    def forward(ctx, loss: Tensor, mean: Tensor, n: Tensor) -> Tensor:
+        ctx.save_for_backward(n)
+        return mean.clone()
+
+    @staticmethod
+    def backward(ctx, d: Tensor):  # type: ignore[override]
+        return d / ctx.saved_tensors[0], None, None
 
 
 def _uncompiled(run: Callable[..., T]) -> Callable[..., T]:

@@ -1,7 +1,8 @@
 """What crossed the edge of a shard in a stretch of a model that will be computed again.
 
 Under activation checkpointing a block runs twice. What entered it the first time is kept (a state
-and a few tokens, small beside activations), so that the second time nothing is sent.
+and a few tokens, small beside activations), so that the second time nothing is sent. Keys and
+values, which are large, are gathered again.
 """
 
 from __future__ import annotations

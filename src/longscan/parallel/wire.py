@@ -230,7 +230,8 @@ class Wire:
 
 
 def _quietly(work: Callable[..., T], inputs: tuple[Tensor, ...]) -> T:
-    with torch.no_grad():
+    kind = inputs[0].device.type if inputs else "cpu"
+    with torch.no_grad(), torch.autocast(kind, enabled=False):
         return work(*inputs)
 
 
